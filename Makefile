@@ -1,0 +1,31 @@
+# The two commands of the README. Each sets up its environment by itself, once.
+PYTHON ?= python3
+VENV ?= .venv
+EXPERIMENT ?= tiny
+# Two numerical threads a process is right for a laptop; set OMP_NUM_THREADS yourself on larger machines.
+export ODVLA_DATA ?= data
+export ODVLA_RUNS ?= runs
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python lightning_app.py fit $(EXPERIMENT)
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "odvla needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

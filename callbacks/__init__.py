@@ -1,0 +1,1 @@
+"""Lightning callbacks: freezing, handoff, run cards, guards, predictions, pictures."""

@@ -1,0 +1,1 @@
+"""LightningDataModules: nuScenes frames and the language datasets on them."""

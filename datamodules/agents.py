@@ -1,0 +1,153 @@
+"""Annotated agents of a key-frame: boxes, tracks and futures, and the occupancy plans are held to.
+
+Shape legend: A agents of one key-frame.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datamodules.poses import FloatArray, inverse, rotation_matrices, yaw_of
+from datamodules.records import FrameRecord, Index
+from odvla.types import BOX_DIM, DETECTION_CLASSES, WAYPOINTS, AgentTargets, BevGrid
+
+VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
+# The grid UniAD's planning metric looks boxes up in: 100 m x 100 m around the lidar.
+OCCUPANCY_GRID = BevGrid(-50.0, -50.0, 0.5, 200, 200)
+
+
+def boxes_in_lidar(
+    index: Index, rows: NDArray[np.int64], frame: FrameRecord
+) -> NDArray[np.float32]:
+    """Boxes of annotation rows (of any key-frame) in the lidar frame of `frame`.
+
+    Returns:
+        [n, 9] as odvla.types describes a box; velocity over ground in lidar axes, 0 where unknown.
+    """
+    data = index.annotations
+    to_lidar = inverse(frame.lidar_to_global)
+    boxes = np.zeros((len(rows), BOX_DIM), dtype=np.float32)
+    boxes[:, :3] = data.centre[rows] @ to_lidar[:3, :3].T + to_lidar[:3, 3]
+    boxes[:, 3:6] = data.size[rows]
+    boxes[:, 6] = yaw_of(to_lidar[:3, :3] @ rotation_matrices(data.rotation[rows]))
+    boxes[:, 7:9] = data.velocity[rows] @ to_lidar[:2, :2].T
+    return boxes
+
+
+def rows_of(index: Index, frame: FrameRecord) -> NDArray[np.int64]:
+    """All annotation rows of a key-frame."""
+    return np.arange(frame.first_annotation, frame.last_annotation)
+
+
+def learnable_rows(
+    index: Index, frame: FrameRecord, extent_m: tuple[float, float, float, float]
+) -> NDArray[np.int64]:
+    """Annotation rows a detector is asked for.
+
+    Those of the ten detection classes with at least one lidar or radar point inside (the devkit's
+    evaluation leaves out the others too), whose centre lies within x_min, x_max, y_min, y_max of
+    the lidar.
+    """
+    rows = rows_of(index, frame)
+    data = index.annotations
+    rows = rows[(data.label[rows] >= 0) & (data.points[rows] > 0)]
+    to_lidar = inverse(frame.lidar_to_global)
+    x, y = (data.centre[rows] @ to_lidar[:3, :3].T + to_lidar[:3, 3])[:, :2].T
+    x_min, x_max, y_min, y_max = extent_m
+    return rows[(x >= x_min) & (x < x_max) & (y >= y_min) & (y < y_max)]
+
+
+def futures(
+    index: Index, rows: NDArray[np.int64], steps: int = WAYPOINTS
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Where agents go, each in its own frame at t0 (origin its centre, x right, y forward).
+
+    Args:
+        index: the root's index.
+        rows: annotation rows at t0.
+        steps: key-frames ahead.
+
+    Returns:
+        Positions [n, steps, 2] in metres, 0 where unknown, and [n, steps] True where the agent is
+        annotated in that key-frame of the same scene.
+    """
+    data = index.annotations
+    mask = np.zeros((len(rows), steps), dtype=bool)
+    xy = np.repeat(data.centre[rows, None, :2], steps, axis=1)
+    current = rows.copy()
+    for _ in range(steps):  # at most one annotation a key-frame, so `steps` hops reach all of them
+        current = np.where(current >= 0, data.next[current], -1)
+        ahead = data.frame[current] - data.frame[rows] - 1
+        found = np.flatnonzero((current >= 0) & (ahead >= 0) & (ahead < steps))
+        mask[found, ahead[found]] = True
+        xy[found, ahead[found]] = data.centre[current[found], :2]
+    yaw = yaw_of(rotation_matrices(data.rotation[rows]))
+    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
+    dx, dy = np.moveaxis(xy - data.centre[rows, None, :2], -1, 0)
+    own = np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
+    return np.where(mask[..., None], own, 0.0).astype(np.float32), mask
+
+
+def agent_targets(
+    index: Index, frame: FrameRecord, extent_m: tuple[float, float, float, float]
+) -> AgentTargets:
+    """Targets of one key-frame as one row, no padding."""
+    rows = learnable_rows(index, frame, extent_m)
+    future, future_mask = futures(index, rows)
+    return AgentTargets(
+        boxes=torch.from_numpy(boxes_in_lidar(index, rows, frame))[None],
+        labels=torch.from_numpy(index.annotations.label[rows])[None],
+        track_ids=torch.from_numpy(index.annotations.instance[rows])[None],
+        mask=torch.ones(1, len(rows), dtype=torch.bool),
+        future=torch.from_numpy(future)[None],
+        future_mask=torch.from_numpy(future_mask)[None],
+    )
+
+
+def occupancy(
+    index: Index, frame: FrameRecord, *, pedestrians: bool = False, steps: int = WAYPOINTS
+) -> NDArray[np.bool_]:
+    """Where other road users will be, on OCCUPANCY_GRID in the lidar frame of t0.
+
+    Corners are rounded to cells and filled together with their border, as FIERY, ST-P3 and UniAD do
+    (boxes come out up to a cell too large and a quarter metre towards +x, +y). All annotated
+    vehicles count, however hidden, as in UniAD.
+
+    Args:
+        index: the root's index.
+        frame: t0.
+        pedestrians: add pedestrians to the vehicles (VAD's map).
+        steps: key-frames ahead; after the scene's end the grid is empty.
+
+    Returns:
+        [steps, rows, columns]: row 0 lies at y = -50 m, column 0 at x = -50 m.
+    """
+    grid = OCCUPANCY_GRID
+    classes = [*VEHICLES, "pedestrian"] if pedestrians else VEHICLES
+    wanted = [DETECTION_CLASSES.index(name) for name in classes]
+    cells = np.zeros((steps, grid.rows, grid.columns), dtype=np.uint8)
+    later = frame
+    for step in range(steps):
+        if later.next < 0:
+            break
+        later = index.frames[later.next]
+        rows = rows_of(index, later)
+        rows = rows[np.isin(index.annotations.label[rows], wanted)]
+        for corners in box_corners(boxes_in_lidar(index, rows, frame)):
+            corner = np.round((corners - [grid.x_min_m, grid.y_min_m]) / grid.cell_m)
+            cv2.fillPoly(cells[step], [corner.astype(np.int32)], (1,))
+    return cells.astype(bool)
+
+
+def box_corners(boxes: NDArray[np.float32]) -> FloatArray:
+    """Footprints [n, 4, 2] of boxes [n, 9], in order around the box from its front left corner."""
+    width, length, yaw = boxes[:, 3], boxes[:, 4], boxes[:, 6]
+    along = np.stack([length, -length, -length, length], axis=1) / 2
+    left = np.stack([width, width, -width, -width], axis=1) / 2
+    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
+    x = boxes[:, :1] + along * cos - left * sin
+    y = boxes[:, 1:2] + along * sin + left * cos
+    return np.stack([x, y], axis=-1).astype(np.float64)

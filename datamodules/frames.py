@@ -1,0 +1,141 @@
+"""Images and calibration of one key-frame: what the car can see at t0, and nothing more."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datamodules.ego_state import can_bus_vector
+from datamodules.records import FrameRecord, Index
+from odvla.errors import UserError
+from odvla.types import CAMERAS, Cameras, Frames
+
+log = logging.getLogger(__name__)
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+# libjpeg can decode at 1/2, 1/4 or 1/8 of the size, several times faster than in full.
+REDUCED_FLAGS = (
+    (8, cv2.IMREAD_REDUCED_COLOR_8),
+    (4, cv2.IMREAD_REDUCED_COLOR_4),
+    (2, cv2.IMREAD_REDUCED_COLOR_2),
+)
+Image = NDArray[np.uint8]
+
+
+def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) -> Image:
+    """Read one camera image and resize it.
+
+    Args:
+        path: a JPEG or PNG file.
+        file_size: width, height the tables give for the file.
+        size: width, height wanted.
+
+    Returns:
+        RGB uint8 [height, width, 3].
+
+    Raises:
+        UserError: the file is missing, cut short, or not an image.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"camera image {path} cannot be read: {error.strerror}") from error
+    # OpenCV fills the missing part of a cut JPEG with grey and says nothing.
+    if content[:2] == JPEG_START and not content.rstrip(b"\x00").endswith(JPEG_END):
+        raise UserError(f"camera image {path} is cut short ({len(content)} bytes, no end marker)")
+    flag = cv2.IMREAD_COLOR
+    for factor, reduced in REDUCED_FLAGS:
+        if file_size[0] >= factor * size[0] and file_size[1] >= factor * size[1]:
+            flag = reduced
+            break
+    decoded = None
+    if content:
+        decoded = cv2.imdecode(
+            np.frombuffer(content, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    if decoded is None:
+        raise UserError(f"camera image {path} is not an image OpenCV can decode")
+    if decoded.shape[1::-1] != size:
+        shrinking = decoded.shape[1] > size[0]
+        method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+        decoded = cv2.resize(decoded, size, interpolation=method)
+    return np.ascontiguousarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+class FrameLoader:
+    """Turns FrameRecords into Frames of one row.
+
+    Args:
+        index: the root's index.
+        image_size: width, height of the images the model gets.
+        cache_limit_gb: decoded images are kept in memory up to this many gigabytes a process;
+            0 keeps none.
+    """
+
+    def __init__(
+        self, index: Index, image_size: tuple[int, int], cache_limit_gb: float = 0.0
+    ) -> None:
+        self.index = index
+        self.image_size = image_size
+        frame_bytes = 3 * len(CAMERAS) * image_size[0] * image_size[1]
+        self._cache_room = int(cache_limit_gb * 1e9 / frame_bytes)
+        self._cache: dict[int, Image] = {}
+
+    def images(self, frame: FrameRecord) -> Image:
+        """The six images [6, 3, h, w], RGB uint8.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        if frame.number in self._cache:
+            return self._cache[frame.number]
+        stack = np.stack(
+            [
+                load_image(self.index.root / camera.file, camera.size, self.image_size)
+                for camera in frame.cameras
+            ]
+        ).transpose(0, 3, 1, 2)
+        stack = np.ascontiguousarray(stack)
+        if len(self._cache) < self._cache_room:
+            self._cache[frame.number] = stack
+        return stack
+
+    def load(self, frame: FrameRecord, *, scene_start: bool, blank: bool = False) -> Frames:
+        """One key-frame as a batch of one row.
+
+        Args:
+            frame: which.
+            scene_start: temporal state must be forgotten before this frame; the motion in can_bus
+                is zero then.
+            blank: black images, nothing is read (rows that only fill up a batch).
+        """
+        width, height = self.image_size
+        if blank:
+            images = np.zeros((len(CAMERAS), 3, height, width), np.uint8)
+        else:
+            images = self.images(frame)
+        return Frames(
+            images=torch.from_numpy(images)[None],
+            cameras=self.cameras(frame),
+            lidar_to_global=torch.from_numpy(frame.lidar_to_global)[None],
+            timestamp_s=torch.tensor([frame.timestamp_us * 1e-6], dtype=torch.float64),
+            can_bus=torch.from_numpy(can_bus_vector(self.index, frame, scene_start))[None],
+            scene_start=torch.tensor([scene_start]),
+            sample_tokens=(frame.token,),
+        )
+
+    def cameras(self, frame: FrameRecord) -> Cameras:
+        """Calibration scaled to the image size; each camera at its own exposure time."""
+        intrinsics, transforms = [], []
+        for camera in frame.cameras:
+            scale = np.array(self.image_size) / np.array(camera.size)
+            intrinsics.append(np.diag([scale[0], scale[1], 1.0]) @ camera.intrinsics)
+            transforms.append(camera.global_to_camera @ frame.lidar_to_global)
+        return Cameras(
+            intrinsics=torch.from_numpy(np.stack(intrinsics)).float()[None],
+            lidar_to_cam=torch.from_numpy(np.stack(transforms)).float()[None],
+        )

@@ -1,0 +1,85 @@
+"""Reading of language data files: every record is checked, and what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from odvla.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"language file {path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"language file {path} is not JSON: {error}") from error
+
+
+def list_items(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a JSON list, each with a name for messages.
+
+    Raises:
+        UserError: it is no list.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"{path} must hold a list of records, not {_kind(value)}")
+    return ((f"record {number}", record) for number, record in enumerate(value))
+
+
+def dict_items(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """Key and record of a JSON object.
+
+    Raises:
+        UserError: it is no object.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold an object keyed by token, not {_kind(value)}")
+    return iter(value.items())
+
+
+def text_field(record: Any, field: str, path: Path, name: str) -> str:
+    """A text of a record; `field` may be a path such as "motion_caption.motion_caption".
+
+    Raises:
+        UserError: the record is no object, or the field is missing, empty or no text.
+    """
+    value = record
+    for part in field.split("."):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}, {name}: expected an object with {field!r}, not {_kind(value)}")
+        if part not in value:
+            raise UserError(f"{path}, {name}: field {field!r} is missing")
+        value = value[part]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{path}, {name}: field {field!r} must be a text, not {value!r}")
+    return value.strip()
+
+
+def warn_unused(path: Path, used: int, total: int) -> None:
+    """Log how many records belong to samples this root does not have.
+
+    Raises:
+        UserError: none of them fits, so that the file belongs to other data.
+    """
+    if total and not used:
+        raise UserError(f"{path}: none of its {total} records belongs to a sample of this data root")
+    if used < total:
+        log.info("%s: %d of %d records belong to this data root", path, used, total)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
+    return names.get(type(value), str(value))

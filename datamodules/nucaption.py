@@ -1,0 +1,102 @@
+"""nuCaption: questions about a scene and their descriptive answers (train.json, val.json).
+
+A file is a list of {sample_token, question, answer, answer_lidar}; answer_lidar avoids colours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.collate import Tokenises
+from datamodules.conversations import (
+    FrameRecords,
+    LanguageDataConfig,
+    LanguageDataModule,
+    group_by_frame,
+)
+from datamodules.language_files import list_items, read_json, text_field, warn_unused
+from datamodules.records import FrameRecord, Index
+from odvla.errors import UserError
+from odvla.language.prompts import Dialect
+from odvla.types import Conversation, EgoState
+
+ANSWER_FIELDS = ("answer", "answer_lidar")
+Described = tuple[str, str]  # question, answer
+
+
+def read_nucaption(
+    path: Path, index: Index, answer_field: str = "answer"
+) -> dict[int, tuple[Described, ...]]:
+    """Questions and answers by key-frame number.
+
+    Raises:
+        UserError: the file is missing, or a record does not fit; it names file, record and field.
+    """
+    content = read_json(path)
+    pairs: list[tuple[int, Described]] = []
+    for name, record in list_items(content, path):
+        sample = text_field(record, "sample_token", path, name)
+        question = text_field(record, "question", path, name)
+        answer = text_field(record, answer_field, path, name)
+        if sample in index.number_of_token:
+            pairs.append((index.number_of_token[sample], (question, answer)))
+    warn_unused(path, len(pairs), len(content))
+    return group_by_frame(iter(pairs))
+
+
+class SceneQuestions(FrameRecords):
+    """One conversation a question about the scene."""
+
+    def conversation(
+        self, frame: FrameRecord, number: int, record: Described, ego: EgoState
+    ) -> Conversation:
+        """Word one question."""
+        question, answer = record
+        return Conversation(
+            id=f"{frame.token}_nucaption_{number}",
+            sample_token=frame.token,
+            kind="caption",
+            turns=self.dialect.turns("caption", answer, ego, question),
+            reference=answer,
+            meta={"dataset": "nucaption", "question": question},
+        )
+
+
+@dataclass(frozen=True)
+class NuCaptionConfig(LanguageDataConfig):
+    """Settings of NuCaptionDataModule."""
+
+    nucaption_files: tuple[str, str] = ("nucaption/train.json", "nucaption/val.json")
+    nucaption_answer: str = "answer"  # one of ANSWER_FIELDS
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: an unknown answer field.
+        """
+        super().__post_init__()
+        if self.nucaption_answer not in ANSWER_FIELDS:
+            raise UserError(
+                f"data.nucaption_answer must be one of {', '.join(ANSWER_FIELDS)}, "
+                f"not {self.nucaption_answer!r}"
+            )
+
+    def build(
+        self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
+    ) -> NuCaptionDataModule:
+        """The data module."""
+        return NuCaptionDataModule(self, tokenizer, dialect)
+
+
+class NuCaptionDataModule(LanguageDataModule):
+    """nuCaption on nuScenes key-frames."""
+
+    config: NuCaptionConfig
+
+    def make_source(self, split: str) -> SceneQuestions:
+        """Questions of one split's file."""
+        path = self.config.language_folder / self.config.nucaption_files[split != "train"]
+        records = read_nucaption(path, self.index, self.config.nucaption_answer)
+        return SceneQuestions(self.index, self.dialect, records)

@@ -1,0 +1,331 @@
+"""nuScenes key-frames as Batches: the same code for a generated town, v1.0-mini and v1.0-trainval.
+
+The language data sets build on this module; see conversations.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from datamodules.agents import agent_targets, occupancy
+from datamodules.collate import Collate, Observation, Sample, Targets, Tokenises
+from datamodules.ego_state import ego_state, plan_targets
+from datamodules.frames import FrameLoader
+from datamodules.map_raster import map_targets
+from datamodules.picking import ConversationSource, Picker
+from datamodules.records import FrameRecord, Index, SceneRecord, load_index
+from datamodules.sampling import ClipRequest, ClipSampler, ResumableLoader, StreamBatchSampler
+from odvla.errors import UserError
+from odvla.types import Batch, BevGrid, Conversation, EgoState, PlanTargets
+
+log = logging.getLogger(__name__)
+Split = Literal["train", "val", "test"]
+TARGETS = ("agents", "map")
+DEFAULT_GRID = BevGrid(-32.0, -32.0, 2.0, 32, 32)
+
+
+@dataclass(frozen=True)
+class NuScenesDataConfig:
+    """Settings of NuScenesDataModule; the language data sets add theirs."""
+
+    root: str = ""  # "" means the folder named by ODVLA_DATA, or ./data
+    version: str = "v1.0-mini"
+    image_size: tuple[int, int] = (320, 180)  # width, height; files of another size are resized
+    clip_length: int = 1  # key-frames of a training clip, "now" included
+    batch_size: int = 8
+    eval_batch_size: int = 8  # scenes streamed side by side
+    targets: tuple[str, ...] = ()  # of TARGETS; egos and plans are always given
+    grid: BevGrid = DEFAULT_GRID  # must be the encoder's
+    agent_range_m: float = 0.0  # agents within +- this in x and y are targets; 0: those on the grid
+    num_workers: int = 0
+    cache_images: bool = False  # keep decoded images in memory
+    cache_limit_gb: float = 2.0  # a process; what does not fit is read from disk every time
+    train_scenes: int = 0  # use only the first so many scenes; 0: all
+    eval_scenes: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check values that would fail late.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        for name in ("clip_length", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        unknown = set(self.targets) - set(TARGETS)
+        if unknown:
+            raise UserError(f"data.targets knows {', '.join(TARGETS)}, not {sorted(unknown)[0]!r}")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise UserError(f"data.image_size must be (width, height), not {self.image_size}")
+
+    @property
+    def folder(self) -> Path:
+        """The data root."""
+        return Path(self.root or os.environ.get("ODVLA_DATA", "data")).expanduser()
+
+    @property
+    def agent_extent_m(self) -> tuple[float, float, float, float]:
+        """x_min, x_max, y_min, y_max of the agents that are targets."""
+        reach = self.agent_range_m
+        return (-reach, reach, -reach, reach) if reach > 0 else self.grid.extent_m
+
+    def build(self, tokenizer: Tokenises | None = None) -> NuScenesDataModule:
+        """The data module."""
+        return NuScenesDataModule(self, tokenizer)
+
+
+@dataclass(frozen=True)
+class EvaluationFrame:
+    """What evaluation and baselines need to know about one key-frame."""
+
+    sample_token: str
+    scene_name: str
+    position: int  # in its scene
+    plan: PlanTargets  # one row, from the poses
+    ego: EgoState  # one row
+
+
+class FrameDataset(Dataset[Sample]):
+    """Key-frames by ClipRequest. Holds arrays only, so that workers can have copies."""
+
+    def __init__(
+        self, index: Index, config: NuScenesDataConfig, source: ConversationSource | None = None
+    ) -> None:
+        self.index = index
+        self.config = config
+        self.source = source
+        limit_gb = config.cache_limit_gb if config.cache_images else 0.0
+        width, height = config.image_size
+        self.loader = FrameLoader(index, (width, height), limit_gb)
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        """Read one row.
+
+        Raises:
+            UserError: an image or a map is missing or broken; the sentence names it.
+        """
+        return self.read(request, self.config.targets)
+
+    def read(
+        self,
+        request: ClipRequest,
+        targets: Sequence[str],
+        conversations: tuple[Conversation, ...] | None = None,
+    ) -> Sample:
+        """One row with the given targets, and with given conversations or the source's."""
+        frame = self.index.frames[request.frame]
+        frames = self.clip_frames(frame, request.steps)
+        clip = tuple(
+            self.loader.load(
+                f,
+                # A repeated first frame starts again and again, so that a clip at a scene's start
+                # gives the state that streaming the scene gives.
+                scene_start=f.position == 0 or (step == 0 and not request.carried),
+                blank=not request.valid,
+            )
+            for step, f in enumerate(frames)
+        )
+        ego = ego_state(self.index, frame)
+        if conversations is None:
+            conversations = ()
+            if self.source is not None:
+                make = partial(self.source.make, frame.number, ego=ego)
+                conversations = tuple(make(number) for number in request.conversations)
+        extent_m = self.config.agent_extent_m
+        return Sample(
+            Observation(clip, ego),
+            Targets(
+                plan=plan_targets(self.index, frame),
+                agents=tuple(agent_targets(self.index, f, extent_m) for f in frames)
+                if "agents" in targets
+                else (),
+                map=map_targets(self.index, frame, self.config.grid) if "map" in targets else None,
+            ),
+            conversations,
+            request.valid,
+        )
+
+    def clip_frames(self, frame: FrameRecord, steps: int) -> list[FrameRecord]:
+        """The last `steps` key-frames up to `frame`; a scene's first one repeats for older ones."""
+        frames = [frame]
+        while len(frames) < steps:
+            oldest = frames[0]
+            frames.insert(0, self.index.frames[oldest.prev] if oldest.prev >= 0 else oldest)
+        return frames
+
+
+class NuScenesDataModule(lightning.LightningDataModule):
+    """Random clips of the train split, streamed scenes of the val and test split.
+
+    Use it with Trainer(use_distributed_sampler=False): its samplers share out the work themselves.
+    The test split of v1.0-mini and v1.0-trainval is their val split, as in the literature.
+
+    Args:
+        config: see NuScenesDataConfig.
+        tokenizer: turns conversations into tensors; not needed where there are none.
+    """
+
+    def __init__(self, config: NuScenesDataConfig, tokenizer: Tokenises | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self._sources: dict[str, ConversationSource | None] = {}
+
+    @property
+    def index(self) -> Index:
+        """The root's index (built at the first use, then shared by all data modules).
+
+        Raises:
+            UserError: the root is incomplete or inconsistent.
+        """
+        return load_index(self.config.folder, self.config.version)
+
+    def setup(self, stage: str) -> None:
+        """Read the tables and the conversations of the splits a stage needs."""
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            self.scenes(split)
+            self.source(split)
+
+    def make_source(self, split: str) -> ConversationSource | None:
+        """Conversations of a split; None here, language data sets override it."""
+        return None
+
+    def source(self, split: str) -> ConversationSource | None:
+        """Conversations of a split, read once."""
+        key = "train" if split == "train" else "val"
+        if key not in self._sources:
+            self._sources[key] = self.make_source(key)
+        return self._sources[key]
+
+    def picker(self, split: str) -> Picker:
+        """Chooses frames and conversations of a split."""
+        frames = [n for scene in self.scenes(split) for n in range(scene.first, scene.last)]
+        return Picker(self.index, frames, self.source(split), seed=self.config.seed)
+
+    def scenes(self, split: str) -> tuple[SceneRecord, ...]:
+        """Scenes of a split in table order, cut to train_scenes or eval_scenes."""
+        limit = self.config.train_scenes if split == "train" else self.config.eval_scenes
+        if split == "test" and self.config.version != "v1.0-test":
+            split = "val"
+        return self.index.scenes_of(split)[: limit or None]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Clips at random; an epoch visits every key-frame (that has conversations) once."""
+        sampler = ClipSampler(
+            self.picker("train"), self.config.clip_length, self.config.seed, *self._place()
+        )
+        batches = BatchSampler(sampler, self.config.batch_size, drop_last=False)
+        return ResumableLoader(batch_sampler=batches, **self._loader_settings("train"))
+
+    def val_dataloader(self) -> DataLoader:
+        """Val scenes streamed side by side, one key-frame a batch."""
+        return self.stream("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Test scenes streamed side by side, one key-frame a batch."""
+        return self.stream("test")
+
+    def stream(self, split: str) -> DataLoader:
+        """Any split streamed as in evaluation."""
+        bounds = [(scene.first, scene.last) for scene in self.scenes(split)]
+        batches = StreamBatchSampler(
+            bounds, self.config.eval_batch_size, self.picker(split), *self._place()
+        )
+        return DataLoader(batch_sampler=batches, **self._loader_settings(split))
+
+    def frame(
+        self,
+        sample_token: str,
+        conversations: tuple[Conversation, ...] = (),
+        *,
+        clip_length: int = 1,
+    ) -> Batch:
+        """One key-frame as a batch of one row, with all targets the root has for it.
+
+        Args:
+            sample_token: any sample of the root, whatever its split.
+            conversations: put into batch.talk (needs the tokenizer).
+            clip_length: key-frames of the clip.
+
+        Raises:
+            UserError: no such sample, or a broken image.
+        """
+        record = self.index.frame(sample_token)
+        dataset = FrameDataset(self.index, self.config)
+        request = ClipRequest(record.number, clip_length)
+        sample = dataset.read(request, self._available(record), conversations)
+        return Collate(self.tokenizer)([sample])
+
+    def evaluation_frames(self, split: str) -> Iterable[EvaluationFrame]:
+        """Ground truth and ego state of every key-frame of a split, scene by scene."""
+        for scene in self.scenes(split):
+            for number in range(scene.first, scene.last):
+                record = self.index.frames[number]
+                yield EvaluationFrame(
+                    record.token,
+                    scene.name,
+                    record.position,
+                    plan_targets(self.index, record),
+                    ego_state(self.index, record),
+                )
+
+    def occupancy(self, sample_token: str, *, pedestrians: bool = False) -> Tensor:
+        """Cells other road users will fill in the next 3 s, in the lidar frame of t0.
+
+        Args:
+            sample_token: t0.
+            pedestrians: with pedestrians (VAD's map), or vehicles only (UniAD's).
+
+        Returns:
+            Bool [6, 200, 200]: row 0 at y = -50 m, column 0 at x = -50 m, cells of 0.5 m.
+        """
+        record = self.index.frame(sample_token)
+        return torch.from_numpy(occupancy(self.index, record, pedestrians=pedestrians))
+
+    def _available(self, record: FrameRecord) -> tuple[str, ...]:
+        location = self.index.location(record)
+        expansion = self.index.root / "maps" / "expansion" / f"{location}.json"
+        return TARGETS if expansion.is_file() else ("agents",)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _loader_settings(self, split: str) -> dict:
+        workers = self.config.num_workers
+        source = self.source(split)
+        if source is not None and self.tokenizer is None:
+            raise UserError(f"{type(self).__name__} needs a tokenizer to make batches")
+        return {
+            "dataset": FrameDataset(self.index, self.config, source),
+            "collate_fn": Collate(self.tokenizer),
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": _start_worker,
+            # Nothing random happens in workers; the seed only keeps torch's global state untouched.
+            "generator": torch.Generator().manual_seed(self.config.seed),
+        }
+
+
+def _start_worker(_worker: int) -> None:
+    """One thread a worker: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    np.seterr(all="warn")

@@ -1,0 +1,104 @@
+"""NuScenes-QA: short questions with one-word answers (NuScenes_{train,val}_questions.json).
+
+A file is {"info": ..., "questions": [{sample_token, question, answer, template_type, num_hop}]}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.collate import Tokenises
+from datamodules.conversations import (
+    FrameRecords,
+    LanguageDataConfig,
+    LanguageDataModule,
+    group_by_frame,
+)
+from datamodules.language_files import list_items, read_json, text_field, warn_unused
+from datamodules.records import FrameRecord, Index
+from odvla.errors import UserError
+from odvla.language.prompts import Dialect
+from odvla.types import Conversation, EgoState
+
+TEMPLATE_TYPES = ("exist", "count", "object", "status", "comparison")
+Asked = tuple[str, str, str, int]  # question, answer, template type, hops
+
+
+def read_nuscenes_qa(path: Path, index: Index) -> dict[int, tuple[Asked, ...]]:
+    """Questions by key-frame number.
+
+    Raises:
+        UserError: the file is missing, or a record does not fit; it names file, record and field.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or "questions" not in content:
+        raise UserError(f"{path} must hold an object with a list 'questions'")
+    pairs: list[tuple[int, Asked]] = []
+    for name, record in list_items(content["questions"], path):
+        sample = text_field(record, "sample_token", path, name)
+        question = text_field(record, "question", path, name)
+        template = text_field(record, "template_type", path, name)
+        if template not in TEMPLATE_TYPES:
+            raise UserError(f"{path}, {name}: unknown template_type {template!r}")
+        answer = record.get("answer")
+        if not isinstance(answer, str | int) or answer == "":
+            raise UserError(f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}")
+        hops = record.get("num_hop")
+        if hops not in (0, 1):
+            raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
+        if sample in index.number_of_token:
+            asked = (question, str(answer), template, int(hops))
+            pairs.append((index.number_of_token[sample], asked))
+    warn_unused(path, len(pairs), len(content["questions"]))
+    return group_by_frame(iter(pairs))
+
+
+class ShortQuestions(FrameRecords):
+    """One conversation a question."""
+
+    def conversation(
+        self, frame: FrameRecord, number: int, record: Asked, ego: EgoState
+    ) -> Conversation:
+        """Word one question."""
+        question, answer, template, hops = record
+        return Conversation(
+            id=f"{frame.token}_qa_{number}",
+            sample_token=frame.token,
+            kind="qa",
+            turns=self.dialect.turns("qa", answer, ego, question),
+            reference=answer,
+            meta={
+                "dataset": "nuscenes_qa",
+                "question": question,
+                "template_type": template,
+                "num_hop": str(hops),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class NuScenesQAConfig(LanguageDataConfig):
+    """Settings of NuScenesQADataModule."""
+
+    qa_files: tuple[str, str] = (
+        "nuscenes_qa/NuScenes_train_questions.json",
+        "nuscenes_qa/NuScenes_val_questions.json",
+    )
+
+    def build(
+        self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
+    ) -> NuScenesQADataModule:
+        """The data module."""
+        return NuScenesQADataModule(self, tokenizer, dialect)
+
+
+class NuScenesQADataModule(LanguageDataModule):
+    """NuScenes-QA on nuScenes key-frames."""
+
+    config: NuScenesQAConfig
+
+    def make_source(self, split: str) -> ShortQuestions:
+        """Questions of one split's file."""
+        path = self.config.language_folder / self.config.qa_files[split != "train"]
+        return ShortQuestions(self.index, self.dialect, read_nuscenes_qa(path, self.index))

@@ -1,0 +1,1 @@
+"""A deterministic town, simulated, drawn and written in the format of nuScenes."""

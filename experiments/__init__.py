@@ -1,0 +1,1 @@
+"""Experiments, the pipeline that runs them, tracking and the command line."""

@@ -1,0 +1,149 @@
+"""The rows that tell whether vision matters: planners that never see an image.
+
+Constant velocity repeats the last half second. The ego-state MLP is trained on the same split as
+the model and sees everything about the car itself that the model is told: velocity, turn rate,
+accelerations, CAN bus, steering, two seconds of history and the command (AD-MLP's question, asked
+of this data).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from odvla.types import COMMANDS, WAYPOINTS, EgoState
+
+FloatArray = NDArray[np.float64]
+
+
+def constant_velocity(ego: EgoState) -> FloatArray:
+    """Keep the displacement of the last 0.5 s: [S, 6, 2] metres in LIDAR_TOP at t0."""
+    step = -ego.history[:, -1].double().numpy()  # from 0.5 s ago to the origin
+    return step[:, None] * np.arange(1, WAYPOINTS + 1)[None, :, None]
+
+
+def ego_features(ego: EgoState) -> Tensor:
+    """Every field of the ego state side by side, the command one-hot: [S, 20]."""
+    command = nn.functional.one_hot(ego.command, len(COMMANDS)).float()
+    return torch.cat(
+        [
+            ego.velocity,
+            ego.yaw_rate[:, None],
+            ego.acceleration,
+            ego.can_accel,
+            ego.heading_speed[:, None],
+            ego.steering[:, None],
+            ego.history.flatten(1),
+            command,
+        ],
+        dim=1,
+    )
+
+
+@dataclass(frozen=True)
+class EgoMLPConfig:
+    """An MLP from ego state to a plan.
+
+    The number of epochs is chosen on `held_out` of the training scenes, then the network is trained
+    again on all of them, so that the baseline is as strong as its data allows.
+    """
+
+    hidden: int = 256
+    layers: int = 2
+    epochs: int = 200
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    held_out: float = 0.2
+    seed: int = 0
+
+
+class EgoMLP:
+    """Fits and predicts plans from the ego state alone."""
+
+    def __init__(self, config: EgoMLPConfig) -> None:
+        self.config = config
+        self._network: nn.Module | None = None
+        self._mean = torch.zeros(0)
+        self._std = torch.ones(0)
+        self.epochs = 0
+
+    def fit(self, ego: EgoState, waypoints: Tensor, mask: Tensor, scenes: list[str]) -> None:
+        """Train on plans [S, 6, 2] with mask [S, 6]; `scenes` [S] names each sample's scene."""
+        features = ego_features(ego)
+        self._mean, self._std = features.mean(0), features.std(0).clamp_min(1e-3)
+        inputs = (features - self._mean) / self._std
+        # What is learned is the correction to constant velocity: it starts where the other baseline
+        # ends.
+        residual = waypoints - torch.from_numpy(constant_velocity(ego)).float()
+        names = sorted(set(scenes))
+        held = set(names[:: max(1, round(1 / self.config.held_out))])
+        is_held = torch.tensor([scene in held for scene in scenes])
+        if is_held.all() or not is_held.any():
+            is_held = torch.arange(len(scenes)) % 5 == 0
+        _, curve = self._train(
+            (inputs[~is_held], residual[~is_held], mask[~is_held]),
+            (inputs[is_held], residual[is_held], mask[is_held]),
+            self.config.epochs,
+        )
+        self.epochs = 1 + int(np.argmin(curve))
+        self._network, _ = self._train((inputs, residual, mask), None, self.epochs)
+
+    def predict(self, ego: EgoState) -> FloatArray:
+        """Plans [S, 6, 2] metres."""
+        if self._network is None:
+            raise ValueError("the ego-state MLP must be fitted before it predicts")
+        with torch.no_grad():
+            residual = self._network((ego_features(ego) - self._mean) / self._std)
+        return constant_velocity(ego) + residual.view(-1, WAYPOINTS, 2).double().numpy()
+
+    def _train(
+        self,
+        data: tuple[Tensor, Tensor, Tensor],
+        held_out: tuple[Tensor, Tensor, Tensor] | None,
+        epochs: int,
+    ) -> tuple[nn.Module, list[float]]:
+        """Train for a number of epochs; the curve is the held-out L2 after each."""
+        config = self.config
+        inputs, residual, mask = data
+        generator = torch.Generator().manual_seed(config.seed)
+        network = _mlp(inputs.shape[1], config, generator)
+        optimiser = torch.optim.AdamW(
+            network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        curve = []
+        for _ in range(epochs):
+            for rows in torch.randperm(len(inputs), generator=generator).split(config.batch_size):
+                loss = _masked_distance(network(inputs[rows]), residual[rows], mask[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            if held_out is not None:
+                with torch.no_grad():
+                    curve.append(float(_masked_distance(network(held_out[0]), *held_out[1:])))
+        return network, curve
+
+
+def _mlp(width_in: int, config: EgoMLPConfig, generator: torch.Generator) -> nn.Module:
+    """Linear-GELU layers, initialised from the generator so that no global seed matters."""
+    widths = [width_in, *[config.hidden] * config.layers, WAYPOINTS * 2]
+    modules: list[nn.Module] = []
+    for index, (a, b) in enumerate(itertools.pairwise(widths)):
+        layer = nn.Linear(a, b)
+        with torch.no_grad():
+            bound = a**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.zero_()
+        modules += [layer] if index == len(widths) - 2 else [layer, nn.GELU()]
+    return nn.Sequential(*modules)
+
+
+def _masked_distance(predicted: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
+    """Mean L2 over the recorded steps: the measured quantity is the trained one."""
+    distance = (predicted.view(-1, WAYPOINTS, 2) - residual).square().sum(-1).add(1e-8).sqrt()
+    return (distance * mask).sum() / mask.sum().clamp_min(1)

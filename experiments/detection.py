@@ -1,0 +1,94 @@
+"""nuScenes detection scores of our boxes, by the devkit's own evaluator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyquaternion import Quaternion
+
+from odvla.types import DETECTION_CLASSES
+
+# The devkit's limit on boxes a sample.
+MAX_BOXES = 500
+# Faster than this a vehicle, cycle or pedestrian gets the "moving" attribute.
+MOVING_MPS = 0.5
+
+
+def attribute_name(detection_name: str, speed_mps: float) -> str:
+    """The attribute most likely for a class at a speed; the devkit wants one a box."""
+    moving = speed_mps > MOVING_MPS
+    if detection_name in ("car", "truck", "bus", "trailer", "construction_vehicle"):
+        return "vehicle.moving" if moving else "vehicle.parked"
+    if detection_name == "pedestrian":
+        return "pedestrian.moving" if moving else "pedestrian.standing"
+    if detection_name in ("bicycle", "motorcycle"):
+        return "cycle.with_rider" if moving else "cycle.without_rider"
+    return ""
+
+
+def global_detections(
+    sample_token: str,
+    boxes: NDArray[np.float64],
+    labels: Sequence[int],
+    scores: Sequence[float],
+    lidar_to_global: NDArray[np.float64],
+) -> list[dict[str, Any]]:
+    """Boxes [Q, 9] of the LIDAR_TOP frame in the devkit's result format, global frame."""
+    rotation, translation = lidar_to_global[:3, :3], lidar_to_global[:3, 3]
+    turn = Quaternion(matrix=rotation, rtol=1e-5, atol=1e-5)
+    order = np.argsort(-np.asarray(scores), kind="stable")[:MAX_BOXES]
+    detections = []
+    for index in order:
+        x, y, z, width, length, height, yaw, vx, vy = boxes[index]
+        name = DETECTION_CLASSES[labels[index]]
+        detections.append(
+            {
+                "sample_token": sample_token,
+                "translation": (rotation @ [x, y, z] + translation).tolist(),
+                "size": [float(width), float(length), float(height)],
+                "rotation": (turn * Quaternion(axis=[0, 0, 1], radians=yaw)).elements.tolist(),
+                "velocity": (rotation @ [vx, vy, 0.0])[:2].tolist(),
+                "detection_name": name,
+                "detection_score": float(scores[index]),
+                "attribute_name": attribute_name(name, float(np.hypot(vx, vy))),
+            }
+        )
+    return detections
+
+
+def evaluate_detections(
+    nuscenes: Any,  # nuscenes.nuscenes.NuScenes
+    split: str,
+    results: Mapping[str, list[dict[str, Any]]],
+    folder: Path,
+) -> dict[str, Any]:
+    """Run nuscenes-devkit's DetectionEval and return its summary.
+
+    Args:
+        nuscenes: a loaded NuScenes object.
+        split: name of the devkit's split; every key-frame of it must be a key of `results`.
+        results: sample token -> boxes in the devkit's format.
+        folder: results_nusc.json and the evaluator's files are written here.
+    """
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.detection.evaluate import DetectionEval
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results_nusc.json"
+    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
+    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": dict(results)}))
+    evaluation = DetectionEval(
+        nuscenes,
+        config=config_factory("detection_cvpr_2019"),
+        result_path=str(path),
+        eval_set=split,
+        output_dir=str(folder),
+        verbose=False,
+    )
+    metrics, _ = evaluation.evaluate()
+    return metrics.serialize()

@@ -1,0 +1,1 @@
+"""The OpenDriveVLA model and its mathematics: torch only."""

@@ -1,0 +1,1 @@
+"""Images to scene features; one file an encoder."""

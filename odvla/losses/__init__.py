@@ -1,0 +1,1 @@
+"""Matching, perception criteria and masked cross-entropy."""

@@ -1,0 +1,1 @@
+"""Planning, caption, question-answering, forecasting metrics."""

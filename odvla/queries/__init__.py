@@ -1,0 +1,1 @@
+"""Scene features to tokens; one file a query module."""

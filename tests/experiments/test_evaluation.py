@@ -1,0 +1,125 @@
+"""Tables from prediction files: hand-made predictions with known scores."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.nuscenes import EvaluationFrame
+from experiments.baselines import EgoMLPConfig
+from experiments.evaluation import (
+    evaluate_forecasts,
+    evaluate_language,
+    evaluate_planning,
+    read_predictions,
+)
+from experiments.report import Report, ResultTable
+from odvla.errors import UserError
+from odvla.types import EgoState, PlanTargets
+
+
+class StraightRoad:
+    """Stands in for a data module: cars that drive straight at a steady speed on an empty road."""
+
+    def evaluation_frames(self, split):
+        rng = np.random.default_rng({"train": 0, "val": 1}[split])
+        for number in range(30):
+            speed = rng.uniform(2, 10)
+            times = torch.arange(1, 7) * 0.5
+            past = -torch.tensor([2.0, 1.5, 1.0, 0.5])
+            ego = EgoState(
+                velocity=torch.tensor([[0.0, speed]], dtype=torch.float32),
+                yaw_rate=torch.zeros(1),
+                acceleration=torch.zeros(1, 2),
+                can_accel=torch.zeros(1, 2),
+                heading_speed=torch.full((1,), speed),
+                steering=torch.zeros(1),
+                history=torch.stack([torch.zeros(4), past * speed], -1)[None].float(),
+                command=torch.tensor([2]),
+            )
+            plan = torch.stack([torch.zeros(6), times * speed], -1)[None].float()
+            mask = torch.ones(1, 6, dtype=torch.bool)
+            yield EvaluationFrame(
+                f"{split}-{number}",
+                f"scene-{number // 5}",
+                number % 5,
+                PlanTargets(plan, mask),
+                ego,
+            )
+
+    def occupancy(self, sample_token, *, pedestrians=False):
+        return torch.zeros(6, 200, 200, dtype=torch.bool)
+
+
+def test_planning_table_holds_the_closed_forms():
+    data = StraightRoad()
+    records = []
+    for frame in data.evaluation_frames("val"):
+        shifted = frame.plan.waypoints[0] + torch.tensor([0.3, 0.4])
+        records.append(
+            {"sample_token": frame.sample_token, "kind": "plan", "waypoints": shifted.tolist()}
+        )
+        records.append(
+            {"sample_token": frame.sample_token, "kind": "plan_blind", "waypoints": None}
+        )
+    tables, numbers = evaluate_planning(data, records, EgoMLPConfig(hidden=16, epochs=2))
+    model = numbers["planning"]["OpenDriveVLA"]
+    for convention in ("mean_up_to_t", "value_at_t"):
+        assert model[convention]["l2_m"] == pytest.approx((0.5, 0.5, 0.5), abs=1e-5)
+        assert numbers["planning"]["constant velocity"][convention]["l2_average_m"] < 1e-5
+    assert model["parsed_percent"] == 100.0
+    assert numbers["planning"]["OpenDriveVLA, vision zeroed"]["parsed_percent"] == 0.0
+    speed = np.mean([f.ego.heading_speed.item() for f in data.evaluation_frames("val")])
+    still = numbers["planning"]["OpenDriveVLA, vision zeroed"]["value_at_t"]["l2_m"]
+    assert still == pytest.approx([speed, 2 * speed, 3 * speed], rel=1e-5)
+    assert len({table.title for table in tables}) == 2
+
+
+def test_language_tables_group_by_kind():
+    records = [
+        {
+            "kind": "qa",
+            "text": said,
+            "reference": "yes",
+            "meta": {"template_type": "exist", "num_hop": "0"},
+        }
+        for said in ("yes", "no")
+    ]
+    records.append({"kind": "narration", "text": "the car waits", "reference": "the car waits"})
+    tables, numbers = evaluate_language(records)
+    assert numbers["question_answering"]["accuracy"] == 50.0
+    assert numbers["captions"]["narration"]["bleu"][0] == pytest.approx(100, rel=1e-3)
+    assert "| most common answer | 100.0 |" in tables[0].markdown()
+
+
+def test_forecasts_leave_out_agents_without_a_future():
+    path = [[0.0, float(k)] for k in range(1, 7)]
+    unknown = {
+        "kind": "agent",
+        "waypoints": path,
+        "target": [[None, None]] * 6,
+        "mask": [False] * 6,
+    }
+    known = {"kind": "agent", "waypoints": path, "target": path, "mask": [True] * 6}
+    _, numbers = evaluate_forecasts([unknown, known])
+    assert numbers["forecasts"]["OpenDriveVLA"]["all"]["agents"] == 1
+    assert numbers["forecasts"]["OpenDriveVLA"]["all"]["min_ade_m"] == 0.0
+    assert numbers["forecasts"]["standing still"]["all"]["min_ade_m"] == 3.5
+
+
+def test_broken_prediction_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no predictions at"):
+        read_predictions(tmp_path / "predictions.jsonl")
+    (tmp_path / "predictions.jsonl").write_text('{"a": 1}\n{"b"\n')
+    with pytest.raises(UserError, match=r"line 2 of .*predictions\.jsonl is not JSON"):
+        read_predictions(tmp_path / "predictions.jsonl")
+
+
+def test_report_is_written_as_markdown_and_json(tmp_path):
+    table = ResultTable("Title", ("a", "b"), (("row", (1.234, None)),), note="how to read it")
+    Report("mine", (table,), {"x": 1}).write(tmp_path)
+    assert "| row | 1.23 | - |" in (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text()) == {"x": 1}
+    with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
+        ResultTable("Title", ("a", "b"), (("row", (1.0,)),))
