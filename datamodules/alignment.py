@@ -43,7 +43,7 @@ def map_text(counts: tuple[int, ...]) -> str:
     return f"Around the car there are {parts[0]}, {parts[1]} and {parts[2]}."
 
 
-class SceneSummaries(FrameRecords):
+class SceneSummaries(FrameRecords[tuple[str]]):
     """One conversation a key-frame: records are (summary,)."""
 
     def conversation(
@@ -101,11 +101,13 @@ class AlignmentConfig(TOD3CapConfig, NuCaptionConfig):
         """
         super().__post_init__()
         if not self.streams or set(self.streams) - set(STREAMS):
-            raise UserError(f"data.streams must be some of {', '.join(STREAMS)}, not {self.streams}")
+            raise UserError(
+                f"data.streams must be some of {', '.join(STREAMS)}, not {self.streams}"
+            )
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> AlignmentDataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return AlignmentDataModule(self, tokenizer, dialect)
 

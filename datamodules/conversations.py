@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from datamodules.collate import Tokenises
 from datamodules.ego_state import ego_state
@@ -52,7 +52,11 @@ class LanguageDataConfig(NuScenesDataConfig):
     @property
     def language_folder(self) -> Path:
         """Where the language files lie."""
-        return Path(self.language_root).expanduser() if self.language_root else self.folder / "language"
+        return (
+            Path(self.language_root).expanduser()
+            if self.language_root
+            else self.folder / "language"
+        )
 
 
 class LanguageDataModule(NuScenesDataModule):
@@ -74,6 +78,14 @@ class LanguageDataModule(NuScenesDataModule):
     ) -> None:
         super().__init__(config, tokenizer)
         self.dialect = dialect or Dialect()
+
+    def make_source(self, split: str) -> ConversationSource:
+        """Read the conversations of "train" or "val".
+
+        Raises:
+            UserError: a file is missing or a record does not fit.
+        """
+        raise NotImplementedError
 
     def picker(self, split: str) -> Picker:
         """Chooses frames and conversations of a split."""
@@ -110,12 +122,12 @@ class LanguageDataModule(NuScenesDataModule):
 
 
 @dataclass(frozen=True)
-class FrameRecords(ConversationSource):
+class FrameRecords(ConversationSource, Generic[_R]):
     """A source that holds, for each key-frame number, the records of one data set."""
 
     index: Index
     dialect: Dialect
-    records: Mapping[int, tuple]
+    records: Mapping[int, tuple[_R, ...]]
 
     def count(self, frame: int) -> int:
         """Records of a key-frame."""
@@ -126,7 +138,7 @@ class FrameRecords(ConversationSource):
         return self.conversation(self.index.frames[frame], number, self.records[frame][number], ego)
 
     def conversation(
-        self, frame: FrameRecord, number: int, record: tuple, ego: EgoState
+        self, frame: FrameRecord, number: int, record: _R, ego: EgoState
     ) -> Conversation:
         """Word one record."""
         raise NotImplementedError

@@ -22,6 +22,11 @@ WHEELBASE_M = 2.588  # of the Renault Zoe, as the cache divides by it
 FLIPPED_STEERING_PREFIX = "singapore"
 
 
+# UniAD's planning labels follow the bottom of the car's 1.56 m high box, which it centres on the
+# lidar. Where the car pitches or rolls that is up to a few centimetres from where the lidar went.
+UNIAD_PLAN_POINT_M = -0.78
+
+
 def past_positions(index: Index, frame: FrameRecord, steps: int = HISTORY) -> FloatArray:
     """Where LIDAR_TOP was before t0, in the lidar frame of t0.
 
@@ -44,9 +49,16 @@ def past_positions(index: Index, frame: FrameRecord, steps: int = HISTORY) -> Fl
 
 
 def future_positions(
-    index: Index, frame: FrameRecord, steps: int = WAYPOINTS
+    index: Index, frame: FrameRecord, steps: int = WAYPOINTS, height_m: float = 0.0
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Where LIDAR_TOP will be after t0, in the lidar frame of t0.
+
+    Args:
+        index: the root's index.
+        frame: t0.
+        steps: key-frames ahead.
+        height_m: follow a point this far above the lidar instead; UNIAD_PLAN_POINT_M gives the
+            ground truth of UniAD's and OpenDriveVLA's evaluation.
 
     Returns:
         [steps, 2], STEP_S apart, the last known point repeated after the scene's end; and [steps]
@@ -58,7 +70,8 @@ def future_positions(
         if newest.next >= 0:
             newest = index.frames[newest.next]
             mask[k] = True
-        positions.append(newest.lidar_to_global[:3, 3])
+        up = newest.lidar_to_global[:3, 2]
+        positions.append(newest.lidar_to_global[:3, 3] + height_m * up)
     return _to_lidar_xy(frame, np.array(positions)), mask
 
 

@@ -59,7 +59,9 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     value = record
     for part in field.split("."):
         if not isinstance(value, Mapping):
-            raise UserError(f"{path}, {name}: expected an object with {field!r}, not {_kind(value)}")
+            raise UserError(
+                f"{path}, {name}: expected an object with {field!r}, not {_kind(value)}"
+            )
         if part not in value:
             raise UserError(f"{path}, {name}: field {field!r} is missing")
         value = value[part]
@@ -75,7 +77,9 @@ def warn_unused(path: Path, used: int, total: int) -> None:
         UserError: none of them fits, so that the file belongs to other data.
     """
     if total and not used:
-        raise UserError(f"{path}: none of its {total} records belongs to a sample of this data root")
+        raise UserError(
+            f"{path}: none of its {total} records belongs to a sample of this data root"
+        )
     if used < total:
         log.info("%s: %d of %d records belong to this data root", path, used, total)
 

@@ -16,7 +16,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,14 @@ DIVIDER, CROSSING, BOUNDARY = (
 
 @dataclass(frozen=True)
 class Segments:
-    """Line segments of one kind; those of one element stand together, in drawing order."""
+    """Line segments of one kind; those of one element stand together, in drawing order.
+
+    `boxes` is meant for closed rings, whose segment ends are all segment starts as well.
+    """
 
     start: FloatArray  # [S, 2] global metres
     end: FloatArray  # [S, 2]
-    element: NDArray[np.int64]  # [S] number of the line or polygon
+    element: NDArray[np.int64]  # [S] number of the line or polygon: 0, 1, ...
 
     def near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
         """Segments whose bounding box comes within a square around `centre`."""
@@ -51,8 +54,21 @@ class Segments:
         return np.flatnonzero(((low <= reach_m) & (high >= -reach_m)).all(1))
 
     def whole_near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
-        """All segments of the elements that `near` finds (filling needs closed rings)."""
-        return np.flatnonzero(np.isin(self.element, self.element[self.near(centre, reach_m)]))
+        """All segments of the elements whose bounding box comes within that square.
+
+        Filling needs closed rings, and a ring around the car may have no segment near it.
+        """
+        low, high = self.boxes
+        near = ((low - centre <= reach_m) & (high - centre >= -reach_m)).all(1)
+        return np.flatnonzero(near[self.element])
+
+    @cached_property
+    def boxes(self) -> tuple[FloatArray, FloatArray]:
+        """Lower and upper corner of each element's bounding box, [E, 2] each."""
+        if not len(self.element):
+            return np.zeros((0, 2)), np.zeros((0, 2))
+        first = np.flatnonzero(np.diff(self.element, prepend=-1))
+        return np.minimum.reduceat(self.start, first), np.maximum.reduceat(self.start, first)
 
 
 @dataclass(frozen=True)
@@ -266,7 +282,7 @@ def _clip(
     low, high = np.zeros(len(start)), np.ones(len(start))
     step = end - start
     for axis, size in enumerate((grid.columns, grid.rows)):
-        still = step[:, axis] == 0
+        still = np.abs(step[:, axis]) < 1e-9
         rate = np.where(still, 1.0, step[:, axis])
         at_low = (-0.5 - start[:, axis]) / rate
         at_high = (size - 0.5 - start[:, axis]) / rate
@@ -291,9 +307,12 @@ def fill_rings(start: FloatArray, end: FloatArray, grid: BevGrid) -> NDArray[np.
     Returns:
         [H, W].
     """
+    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    left = np.minimum(start[:, 0], end[:, 0])
+    counts = (high >= 0) & (low < grid.rows) & (left <= grid.columns)
+    start, end, low, high = start[counts], end[counts], low[counts], high[counts]
     winding = np.zeros((grid.rows, grid.columns + 1), dtype=np.int64)
     rows = np.arange(grid.rows)[None]
-    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
     crosses = (rows >= low[:, None]) & (rows < high[:, None])  # [S, H], half open: each once
     segment, row = np.nonzero(crosses)
     slope = (end[segment, 0] - start[segment, 0]) / (end[segment, 1] - start[segment, 1])

@@ -31,11 +31,13 @@ class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig):
         super().__post_init__()
         unknown = [name for name in self.datasets if name not in DATASETS]
         if unknown or not self.datasets:
-            raise UserError(f"data.datasets must be some of {', '.join(DATASETS)}, not {self.datasets}")
+            raise UserError(
+                f"data.datasets must be some of {', '.join(DATASETS)}, not {self.datasets}"
+            )
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> MixtureDataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return MixtureDataModule(self, tokenizer, dialect)
 
@@ -47,7 +49,7 @@ class MixtureDataModule(LanguageDataModule):
 
     def make_source(self, split: str) -> UnionSource:
         """Union of the chosen data sets' sources."""
-        modules = {
+        modules: dict[str, type[LanguageDataModule]] = {
             "nucaption": NuCaptionDataModule,
             "nuscenes_qa": NuScenesQADataModule,
             "nux": NuXDataModule,

@@ -45,7 +45,7 @@ def read_nucaption(
     return group_by_frame(iter(pairs))
 
 
-class SceneQuestions(FrameRecords):
+class SceneQuestions(FrameRecords[Described]):
     """One conversation a question about the scene."""
 
     def conversation(
@@ -85,7 +85,7 @@ class NuCaptionConfig(LanguageDataConfig):
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> NuCaptionDataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return NuCaptionDataModule(self, tokenizer, dialect)
 

@@ -43,7 +43,9 @@ def read_nuscenes_qa(path: Path, index: Index) -> dict[int, tuple[Asked, ...]]:
             raise UserError(f"{path}, {name}: unknown template_type {template!r}")
         answer = record.get("answer")
         if not isinstance(answer, str | int) or answer == "":
-            raise UserError(f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}")
+            raise UserError(
+                f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}"
+            )
         hops = record.get("num_hop")
         if hops not in (0, 1):
             raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
@@ -54,7 +56,7 @@ def read_nuscenes_qa(path: Path, index: Index) -> dict[int, tuple[Asked, ...]]:
     return group_by_frame(iter(pairs))
 
 
-class ShortQuestions(FrameRecords):
+class ShortQuestions(FrameRecords[Asked]):
     """One conversation a question."""
 
     def conversation(
@@ -88,7 +90,7 @@ class NuScenesQAConfig(LanguageDataConfig):
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> NuScenesQADataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return NuScenesQADataModule(self, tokenizer, dialect)
 

@@ -47,7 +47,7 @@ def narration_answer(narration: str, reasoning: str) -> str:
     return f"Narration: {narration.rstrip('.')}. Reasoning: {reasoning.rstrip('.')}."
 
 
-class Narrations(FrameRecords):
+class Narrations(FrameRecords[Explained]):
     """One conversation a key-frame."""
 
     def conversation(
@@ -74,7 +74,7 @@ class NuXConfig(LanguageDataConfig):
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> NuXDataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return NuXDataModule(self, tokenizer, dialect)
 

@@ -67,7 +67,7 @@ def near_captions(
     return kept
 
 
-class ObjectCaptions(FrameRecords):
+class ObjectCaptions(FrameRecords[Caption]):
     """One conversation an object: its caption and BEV coordinate."""
 
     def conversation(
@@ -101,7 +101,7 @@ class TOD3CapConfig(LanguageDataConfig):
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
-    ) -> TOD3CapDataModule:
+    ) -> LanguageDataModule:
         """The data module."""
         return TOD3CapDataModule(self, tokenizer, dialect)
 

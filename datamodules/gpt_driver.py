@@ -1,0 +1,240 @@
+"""Stage 3's data: GPT-Driver's cached nuScenes info (cached_nuscenes_info.pkl, split.json).
+
+The cache is a pickled dict, sample token -> fields of the car and of the agents; only the car's are
+kept. It is read by an unpickler that makes nothing but numbers, texts, containers and numpy arrays:
+a pickle from the internet may otherwise run any code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datamodules.collate import Tokenises
+from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
+from datamodules.language_files import read_json, warn_unused
+from datamodules.records import FrameRecord, Index
+from odvla.errors import UserError
+from odvla.language.prompts import Dialect
+from odvla.language.waypoints import format_waypoints
+from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
+
+FIELDS = {
+    "gt_ego_his_trajs": (HISTORY + 1, 2),
+    "gt_ego_his_diff": (HISTORY, 2),
+    "gt_ego_fut_trajs": (WAYPOINTS + 1, 2),
+    "gt_ego_fut_masks": (WAYPOINTS,),
+    "gt_ego_fut_cmd": (len(COMMANDS),),
+    "gt_ego_lcf_feat": (9,),
+}
+# What the pickle of numpy arrays and builtins names; everything else is refused.
+ALLOWED = (
+    {("builtins", name) for name in ("set", "frozenset", "slice", "complex", "bytearray")}
+    | {
+        (module, name)
+        for package in ("numpy.core", "numpy._core")
+        for module, name in (
+            (f"{package}.multiarray", "_reconstruct"),
+            (f"{package}.multiarray", "scalar"),
+            (f"{package}.numeric", "_frombuffer"),
+        )
+    }
+    | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+)
+
+
+@dataclass(frozen=True)
+class Driven:
+    """The car's fields of one cached key-frame, in the lidar frame of t0."""
+
+    waypoints: NDArray[np.float32]  # [6, 2] the next 3 s
+    mask: NDArray[np.bool_]  # [6] False: the scene ended, the last point is repeated
+    fields: dict[str, NDArray[np.float32]]  # FIELDS
+
+    def ego(self) -> EgoState:
+        """The state as the cache has it, one row."""
+        lcf, steps = self.fields["gt_ego_lcf_feat"], self.fields["gt_ego_his_diff"]
+
+        def row(values: Any) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(values, dtype=np.float32))[None]
+
+        return EgoState(
+            velocity=row(lcf[:2]),
+            yaw_rate=row(lcf[4]),
+            acceleration=row(steps[-1] - steps[-2]),
+            can_accel=row(lcf[2:4]),
+            heading_speed=row(lcf[7]),
+            steering=row(lcf[8]),
+            history=row(self.fields["gt_ego_his_trajs"][:HISTORY]),
+            command=torch.tensor([int(self.fields["gt_ego_fut_cmd"].argmax())]),
+        )
+
+
+class _RefusedError(Exception):
+    """The pickle names something that is not allowed."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise _RefusedError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_arrays(path: Path) -> Any:
+    """Unpickle a file that may hold only builtins and numpy arrays.
+
+    Raises:
+        UserError: the file is missing, broken, or names anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ArrayUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise UserError(f"language file {path} does not exist") from error
+    except _RefusedError as error:
+        raise UserError(f"{path} is refused: it names {error}, where only arrays may be") from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+    ) as error:
+        raise UserError(f"{path} is not a whole pickle file: {error}") from error
+
+
+def read_cache(path: Path, index: Index) -> dict[int, tuple[Driven]]:
+    """Cached fields by key-frame number.
+
+    Raises:
+        UserError: the file is missing or refused, or a record does not fit; it names file, token
+            and field.
+    """
+    content = load_arrays(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a dict keyed by sample token")
+    records = {}
+    for token, info in content.items():
+        if token in index.number_of_token:
+            records[index.number_of_token[token]] = (_driven(info, path, token),)
+    warn_unused(path, len(records), len(content))
+    return records
+
+
+def _driven(info: Any, path: Path, token: str) -> Driven:
+    fields = {}
+    for name, shape in FIELDS.items():
+        if not isinstance(info, dict) or name not in info:
+            raise UserError(f"{path}, {token}: field {name!r} is missing")
+        try:
+            values = np.asarray(info[name], dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, {token}: field {name!r} is not numeric") from error
+        if values.shape != shape or not np.isfinite(values).all():
+            raise UserError(
+                f"{path}, {token}: field {name!r} must be finite numbers of shape {shape}, "
+                f"its shape is {values.shape}"
+            )
+        fields[name] = values
+    return Driven(fields["gt_ego_fut_trajs"][1:], fields["gt_ego_fut_masks"] > 0, fields)
+
+
+def read_split(path: Path, split: str) -> set[str]:
+    """Sample tokens of split.json's "train" or "val" list.
+
+    Raises:
+        UserError: the file is missing or has no such list of texts.
+    """
+    content = read_json(path)
+    tokens = content.get(split) if isinstance(content, dict) else None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise UserError(f"{path} must hold a list of sample tokens under {split!r}")
+    return set(tokens)
+
+
+@dataclass(frozen=True)
+class Plans(FrameRecords[Driven]):
+    """One conversation a key-frame: the plan."""
+
+    ego_from_cache: bool = False
+
+    def conversation(
+        self, frame: FrameRecord, number: int, record: Driven, ego: EgoState
+    ) -> Conversation:
+        """Word one plan."""
+        if self.ego_from_cache:
+            ego = record.ego()
+        answer = format_waypoints(record.waypoints)
+        return Conversation(
+            id=f"{frame.token}_trajectory",
+            sample_token=frame.token,
+            kind="plan",
+            turns=self.dialect.turns("plan", answer, ego),
+            reference=answer,
+            meta={
+                "command": COMMANDS[int(ego.command[0])],
+                "known_waypoints": str(int(record.mask.sum())),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class GPTDriverConfig(LanguageDataConfig):
+    """Settings of GPTDriverDataModule."""
+
+    cache_file: str = "gpt_driver/cached_nuscenes_info.pkl"
+    split_file: str = "gpt_driver/split.json"
+    # GPT-Driver trains on the key-frames of split.json (whole futures: 23,388 of trainval),
+    # OpenDriveVLA on all key-frames (28,130), where a missing future repeats its last point.
+    whole_futures_only: bool = False
+    # The prompt's ego state as the cache has it (yaw rate near 0), for the released checkpoints.
+    ego_from_cache: bool = False
+
+    def build(
+        self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
+    ) -> GPTDriverDataModule:
+        """The data module."""
+        return GPTDriverDataModule(self, tokenizer, dialect)
+
+
+class GPTDriverDataModule(LanguageDataModule):
+    """Plans on nuScenes key-frames."""
+
+    config: GPTDriverConfig
+
+    def make_source(self, split: str) -> Plans:
+        """Plans of one split; evaluation always has all key-frames."""
+        folder = self.config.language_folder
+        records = read_cache(folder / self.config.cache_file, self.index)
+        if split == "train" and self.config.whole_futures_only:
+            listed = read_split(folder / self.config.split_file, "train")
+            records = {n: r for n, r in records.items() if self.index.frames[n].token in listed}
+        return Plans(self.index, self.dialect, records, self.config.ego_from_cache)
+
+    def plan_conversation(self, sample_token: str) -> Conversation:
+        """The request for a plan at any sample of the root, with or without a cached record."""
+        from datamodules.ego_state import ego_state, plan_targets
+
+        frame = self.index.frame(sample_token)
+        plan = plan_targets(self.index, frame)
+        record = Driven(plan.waypoints[0].numpy(), plan.mask[0].numpy(), {})
+        plans = Plans(self.index, self.dialect, {frame.number: (record,)})
+        return plans.make(frame.number, 0, ego=ego_state(self.index, frame))
+
+    def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
+        """Sample token and cached ego state of every key-frame of a split."""
+        source = self.make_source(split)
+        for scene in self.scenes(split):
+            for number in range(scene.first, scene.last):
+                if number in source.records:
+                    yield self.index.frames[number].token, source.records[number][0].ego()

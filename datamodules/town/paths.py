@@ -1,0 +1,171 @@
+"""Paths through the town: lanes joined into one smooth curve, with what a driver must heed along
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from datamodules.town.geometry import (
+    FloatArray,
+    arc_lengths,
+    headings,
+    resample,
+    shifted,
+    smooth,
+)
+from datamodules.town.log import RoadMap
+
+STEP_M = 0.5
+ROUNDING_M = 2.5  # corners of the lane graph are rounded over about this length
+RAMP_M = 15.0  # a car swings out over this length before an obstacle, and back after it
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something that stands partly in a lane: where it is along the lane and how far to swing
+    out."""
+
+    lane: int
+    at_m: float  # along the lane's centre
+    half_length_m: float
+    swing_m: float  # to the left
+    name: str  # "a parked truck"
+
+
+@dataclass(frozen=True)
+class Path:
+    """A driving line sampled every STEP_M, tangent- and curvature-continuous."""
+
+    points: FloatArray  # [P, 2]
+    lanes: tuple[int, ...]
+    lane_start_m: FloatArray  # where each lane begins along the path
+    stops: tuple[tuple[float, int], ...]  # (metres along the path, stop line id)
+    crossings: tuple[tuple[float, float, int], ...]  # (from, to, crossing index)
+    swings: tuple[tuple[float, float, str], ...]  # (from, to, obstacle's name)
+
+    @cached_property
+    def s(self) -> FloatArray:
+        """Metres along the path at each point."""
+        return arc_lengths(self.points)
+
+    @cached_property
+    def yaw(self) -> FloatArray:
+        """Unwrapped heading at each point."""
+        return headings(self.points)
+
+    @cached_property
+    def curvature(self) -> FloatArray:
+        """Signed curvature at each point, 1/m, left positive."""
+        return np.gradient(self.yaw, self.s)
+
+    @property
+    def length_m(self) -> float:
+        """Length of the whole path."""
+        return float(self.s[-1])
+
+    def position(self, s: float | FloatArray) -> FloatArray:
+        """Points [..., 2] at distances along the path."""
+        return np.stack([np.interp(s, self.s, self.points[:, i]) for i in (0, 1)], axis=-1)
+
+    def heading(self, s: float | FloatArray) -> FloatArray:
+        """Headings at distances along the path."""
+        return np.interp(s, self.s, self.yaw)
+
+    def lane_at(self, s: float) -> int:
+        """Lane that the path is on at a distance along it."""
+        return self.lanes[int(np.searchsorted(self.lane_start_m, s, side="right")) - 1]
+
+
+def build_path(
+    road: RoadMap, lanes: Sequence[int], obstacles: Sequence[Obstacle] = (), left_m: float = 0.0
+) -> Path:
+    """Join lanes and swing out around the obstacles on them.
+
+    Args:
+        road: the map.
+        lanes: ids, each a successor of the one before.
+        obstacles: of the whole scene; those on other lanes are left alone.
+        left_m: constant offset from the lane centre; a bicycle keeps right with a negative one.
+    """
+    pieces, starts, total = [], [], 0.0
+    for lane in lanes:
+        centre = road.lanes[lane].centre
+        starts.append(total)
+        total += float(arc_lengths(centre)[-1])
+        pieces.append(centre if lane == lanes[-1] else centre[:-1])
+    base = smooth(resample(np.concatenate(pieces), STEP_M), ROUNDING_M, STEP_M)
+    # Rounding shortens corners a little; keep lane positions in step with the rounded line.
+    s = arc_lengths(base)
+    start_m = np.array(starts) * s[-1] / total
+    offset = np.full(len(base), left_m)
+    swings = []
+    for obstacle in obstacles:
+        if obstacle.lane in lanes:
+            at = start_m[lanes.index(obstacle.lane)] + obstacle.at_m
+            near, far = at - obstacle.half_length_m - 3.0, at + obstacle.half_length_m + 3.0
+            away = np.maximum(np.maximum(near - s, s - far), 0.0)
+            swing = obstacle.swing_m * 0.5 * (1 + np.cos(np.pi * np.clip(away / RAMP_M, 0, 1)))
+            offset = np.maximum(offset, swing)
+            swings.append((near - RAMP_M, far + RAMP_M * 0.5, obstacle.name))
+    line = resample(shifted(base, offset), STEP_M) if offset.any() else base
+    return Path(
+        points=line,
+        lanes=tuple(lanes),
+        lane_start_m=start_m,
+        stops=_stops(road, lanes, start_m),
+        crossings=_crossings(road, line),
+        swings=tuple(sorted(swings)),
+    )
+
+
+def random_route(
+    road: RoadMap, start: int, length_m: float, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Lanes from `start` on, a random successor at every branch, until they are long enough."""
+    lanes = [start]
+    length = float(arc_lengths(road.lanes[start].centre)[-1])
+    while length < length_m and road.lanes[lanes[-1]].successors:
+        lanes.append(int(rng.choice(road.lanes[lanes[-1]].successors)))
+        length += float(arc_lengths(road.lanes[lanes[-1]].centre)[-1])
+    return tuple(lanes)
+
+
+def _stops(
+    road: RoadMap, lanes: Sequence[int], start_m: FloatArray
+) -> tuple[tuple[float, int], ...]:
+    """Stop lines at the ends of lanes that the path goes on from."""
+    stops = []
+    for number, lane in enumerate(lanes[:-1]):
+        line = road.lanes[lane].stop_line
+        if line is not None:
+            # The line lies some metres before the lane's end: where the lane passes it.
+            centre = road.lanes[lane].centre
+            middle = road.stop_lines[line].polygon.mean(0)
+            along = road.lanes[lane].centre[-1] - centre[-2]
+            back = float(np.dot(centre[-1] - middle, along / np.linalg.norm(along)))
+            stops.append((float(start_m[number + 1]) - back - 0.8, line))
+    return tuple(stops)
+
+
+def _crossings(road: RoadMap, line: FloatArray) -> tuple[tuple[float, float, int], ...]:
+    """Where the path enters and leaves each crossing it goes over."""
+    found = []
+    s = arc_lengths(line)
+    for number, polygon in enumerate(road.ped_crossings):
+        centre = polygon.mean(0)
+        distance = np.linalg.norm(line - centre, axis=1)
+        if distance.min() > 12:
+            continue
+        a, b, c = polygon[0], polygon[1], polygon[2]
+        first, second = b - a, c - b
+        local = line - a
+        u = local @ first / (first @ first)
+        v = local @ second / (second @ second)
+        inside = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
+        if inside.any():
+            found.append((float(s[inside][0]), float(s[inside][-1]), number))
+    return tuple(sorted(found))

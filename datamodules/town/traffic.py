@@ -1,0 +1,219 @@
+"""Everybody moves: vehicles on paths, people on pavements and crossings, one clock for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from datamodules.town.driver import LOOK_AHEAD_M, Driver, Hold, Leader
+from datamodules.town.geometry import FloatArray
+from datamodules.town.log import RoadMap, TrafficLight
+
+STEP_S = 0.1
+WALK_MPS = 1.5
+YELLOW_BRAKE = 3.0  # who would have to brake harder than this drives on
+KERB_M = 0.9  # people wait this far from the kerb
+
+
+@dataclass(frozen=True)
+class Body:
+    """What stands or drives: its kind, its size and how it is spoken of."""
+
+    category: str
+    size_wlh: tuple[float, float, float]
+    colour: tuple[int, int, int]
+    colour_name: str
+    name: str  # "car", "truck", ...
+
+
+@dataclass
+class Vehicle:
+    """A body with a driver. `centre_m`: from the driver's reference point to the box centre."""
+
+    body: Body
+    driver: Driver
+    centre_m: float = 0.0
+    intent: str = "following the lane"
+
+
+@dataclass
+class Walker:
+    """A person on a straight line. On a crossing it starts when the ego car comes near."""
+
+    body: Body
+    start: FloatArray  # [2]
+    end: FloatArray  # [2]
+    speed: float
+    crossing: int | None = None
+    trigger_m: float = 0.0  # starts when the ego's front is this close to the crossing
+    walked: float = 0.0
+    state: Literal["waiting", "walking", "done"] = "walking"
+
+    @property
+    def length_m(self) -> float:
+        """Length of the walk."""
+        return float(np.linalg.norm(self.end - self.start))
+
+    @property
+    def position(self) -> FloatArray:
+        """Where the person is now: [2]."""
+        return self.start + (self.end - self.start) * min(1.0, self.walked / self.length_m)
+
+    @property
+    def yaw(self) -> float:
+        """Direction of the walk."""
+        return float(np.arctan2(*(self.end - self.start)[::-1]))
+
+
+@dataclass
+class Recording:
+    """States of everything at every step of the clock; lists of rows, one a step."""
+
+    vehicles: list[list[tuple[float, float, float]]] = field(default_factory=list)  # s, v, a
+    reasons: list[tuple[str, str]] = field(default_factory=list)  # of the ego car
+    walkers: list[list[tuple[float, float, float, str]]] = field(default_factory=list)
+
+
+class Traffic:
+    """The clock of one scene. Vehicle 0 is the ego car."""
+
+    def __init__(
+        self,
+        road: RoadMap,
+        lights: Sequence[TrafficLight],
+        vehicles: list[Vehicle],
+        walkers: list[Walker],
+    ) -> None:
+        self.road = road
+        self.lights = lights
+        self.vehicles = vehicles
+        self.walkers = walkers
+        self._half = np.array([vehicle.body.size_wlh[0] / 2 for vehicle in vehicles])
+        self._length = np.array([vehicle.body.size_wlh[1] for vehicle in vehicles])
+
+    def run(self, warm_up_s: float, duration_s: float) -> Recording:
+        """Drive; the warm-up is not recorded, so that nobody starts from an invented state."""
+        recording = Recording()
+        steps = round((warm_up_s + duration_s) / STEP_S)
+        for step in range(steps + 1):
+            t_s = step * STEP_S - warm_up_s
+            self._decide(t_s)
+            if t_s >= -1e-9:
+                recording.vehicles.append(
+                    [(v.driver.s, v.driver.speed, v.driver.acceleration) for v in self.vehicles]
+                )
+                ego = self.vehicles[0].driver
+                recording.reasons.append((ego.reason, ego.subject))
+                recording.walkers.append([(*w.position, w.yaw, w.state) for w in self.walkers])
+            for vehicle in self.vehicles:
+                vehicle.driver.advance(STEP_S)
+            self._walk()
+        return recording
+
+    def _decide(self, t_s: float) -> None:
+        centre, yaw = self._poses()
+        speed = np.array([vehicle.driver.speed for vehicle in self.vehicles])
+        for number, vehicle in enumerate(self.vehicles):
+            driver = vehicle.driver
+            leader = self._leader(number, centre, yaw, speed)
+            driver.decide(t_s, leader, self._holds(driver, t_s))
+
+    def _poses(self) -> tuple[FloatArray, FloatArray]:
+        """Box centres [V, 2] and yaws [V]."""
+        centre = np.empty((len(self.vehicles), 2))
+        yaw = np.empty(len(self.vehicles))
+        for number, vehicle in enumerate(self.vehicles):
+            driver = vehicle.driver
+            yaw[number] = driver.path.heading(driver.s)
+            ahead = np.array([np.cos(yaw[number]), np.sin(yaw[number])]) * vehicle.centre_m
+            centre[number] = driver.path.position(driver.s) + ahead
+        return centre, yaw
+
+    def _leader(
+        self, number: int, centre: FloatArray, yaw: FloatArray, speed: FloatArray
+    ) -> Leader | None:
+        """The nearest vehicle that stands in our way within LOOK_AHEAD_M."""
+        driver = self.vehicles[number].driver
+        path = driver.path
+        first = int(np.searchsorted(path.s, driver.s))
+        last = int(np.searchsorted(path.s, driver.s + driver.front_m + LOOK_AHEAD_M))
+        way = path.points[first:last:2]
+        if len(way) < 2:
+            return None
+        others = np.flatnonzero(np.linalg.norm(centre - centre[number], axis=1) < LOOK_AHEAD_M + 12)
+        others = others[others != number]
+        if not len(others):
+            return None
+        # Five points along the middle of each other vehicle stand for its box.
+        along = np.stack([np.cos(yaw[others]), np.sin(yaw[others])], axis=-1)
+        parts = np.linspace(-0.5, 0.5, 5)
+        points = (
+            centre[others, None]
+            + (parts[:, None] * self._length[others, None, None]) * along[:, None]
+        )
+        distance = np.linalg.norm(points[:, :, None] - way[None, None], axis=-1)
+        reach = self._half[number] + self._half[others] + 0.25
+        hit = (distance < reach[:, None, None]).any(1)  # [others, way]
+        if not hit.any():
+            return None
+        where = np.where(hit.any(1), hit.argmax(1), len(way))
+        nearest = int(where.argmin())
+        other = others[nearest]
+        gap = path.s[first + 2 * int(where[nearest])] - driver.s - driver.front_m
+        turned = float(yaw[other] - yaw[number])
+        if gap < -2.0 and speed[other] > 0 and np.cos(turned) < 0.3:
+            return None  # it crosses behind our bumper
+        return Leader(
+            gap_m=float(gap),
+            speed=float(max(0.0, speed[other] * np.cos(turned))),
+            braking=self.vehicles[other].driver.acceleration < -0.8,
+            name=self.vehicles[other].body.name,
+        )
+
+    def _holds(self, driver: Driver, t_s: float) -> list[Hold]:
+        """Lights and people that ask us to stop."""
+        holds = []
+        front = driver.s + driver.front_m
+        for at, line in driver.path.stops:
+            gap = at - front
+            light = self.road.stop_lines[line].light
+            if light is None or not -0.8 < gap < LOOK_AHEAD_M:
+                continue
+            colour = self.lights[light].colour(t_s)
+            needed = driver.speed**2 / (2 * max(gap, 0.1))
+            if colour == "red" or (colour == "yellow" and needed < YELLOW_BRAKE):
+                holds.append(Hold(gap, f"{colour} light"))
+        for enter, leave, crossing in driver.path.crossings:
+            gap = enter - 1.2 - front
+            if -1.0 < gap < LOOK_AHEAD_M and self._someone_on(driver, crossing, (enter, leave)):
+                holds.append(Hold(gap, "pedestrian"))
+        return holds
+
+    def _someone_on(self, driver: Driver, crossing: int, span: tuple[float, float]) -> bool:
+        """Whether a person on the crossing has not yet passed our path."""
+        here = driver.path.position(np.mean(span))
+        for walker in self.walkers:
+            if walker.crossing == crossing and walker.state == "walking":
+                direction = (walker.end - walker.start) / walker.length_m
+                passed = float(np.dot(walker.position - here, direction))
+                if passed < 2.3:
+                    return True
+        return False
+
+    def _walk(self) -> None:
+        ego = self.vehicles[0].driver
+        front = ego.s + ego.front_m
+        for walker in self.walkers:
+            if walker.state == "waiting":
+                for enter, _, crossing in ego.path.crossings:
+                    gap = enter - front
+                    stoppable = ego.speed**2 / (2 * 2.6) + 2.0
+                    if crossing == walker.crossing and stoppable < gap < walker.trigger_m:
+                        walker.state = "walking"
+            elif walker.state == "walking":
+                walker.walked += walker.speed * STEP_S
+                if walker.walked >= walker.length_m:
+                    walker.state = "done"

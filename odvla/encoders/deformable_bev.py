@@ -1,0 +1,384 @@
+"""A small BEVFormer: BEV queries gather image features where their pillars project to.
+
+BEVFormer's three steps a layer (Li et al. 2022): temporal self-attention reads the current and the
+previous BEV, spatial cross-attention reads the cameras, a feed-forward network mixes. What is unusual:
+
+- The previous BEV stays as it is; each cell looks at the place where it was in the previous frame
+  (exact for any ego motion), instead of at a rotated and shifted copy.
+- Only (camera, pillar) pairs where the camera sees the pillar are computed: all cameras of all rows
+  lie in one tall image, in which every pair samples its own place.
+- The feed-forward network is a 3x3 convolution over the BEV, and head n starts out looking at
+  height n, so that the ground contact of things is found within few steps of training.
+
+Shape legend: B rows, N cameras, L image levels, Q = H * W pillars, Z heights, V visible pairs,
+C = dim channels, A heads, P points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odvla import geometry
+from odvla.encoders.image_backbone import (
+    FeaturePyramid,
+    ImageBackboneConfig,
+    ResidualBlock,
+    conv,
+)
+from odvla.encoders.protocol import EncoderState, fake_frames
+from odvla.ops.deformable_attention import deformable_attention, ring_offsets
+from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
+
+NEAREST_M = 0.3  # points closer to a camera's plane than this are not seen
+
+
+@dataclass(frozen=True)
+class DeformableBEVConfig:
+    """Sizes of DeformableBEV; the defaults are for learning within minutes on two CPU cores."""
+
+    backbone: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
+    dim: int = 64
+    x_min_m: float = -32.0
+    y_min_m: float = -32.0
+    cell_m: float = 2.0
+    rows: int = 32
+    columns: int = 32
+    strides: tuple[int, ...] = (4, 8)  # image levels the pillars read and the scene sampler gets
+    # Lidar frame; the lidar hangs 1.84 m above the road.
+    heights_m: tuple[float, ...] = (-1.84, -1.2, -0.4, 0.6)
+    layers: int = 2
+    heads: int = 4
+    spatial_points: int = 2  # a head and image level
+    temporal_points: int = 1  # a head and BEV
+    bev_blocks: int = 1  # residual blocks on the finished BEV
+    ray_embedding: bool = True  # tell image features where in space their pixel looks
+    can_bus: bool = False  # BEVFormer adds CAN bus values to the queries; it leaks the ego's speed
+
+    def __post_init__(self) -> None:
+        """Check what would fail late.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.dim % self.heads or self.dim % 8:
+            raise ValueError(
+                f"encoder.dim {self.dim} must be a multiple of 8 and of encoder.heads {self.heads}"
+            )
+        unknown = set(self.strides) - set(self.backbone.strides)
+        if unknown or not self.strides:
+            raise ValueError(
+                f"encoder.strides {self.strides} must be some of the backbone's "
+                f"{self.backbone.strides}"
+            )
+
+    @property
+    def grid(self) -> BevGrid:
+        """Where the BEV cells lie."""
+        return BevGrid(self.x_min_m, self.y_min_m, self.cell_m, self.rows, self.columns)
+
+    def build(self) -> DeformableBEV:
+        """The encoder, freshly initialised."""
+        return DeformableBEV(self)
+
+    def fake_batch(self, batch: int = 2, *, seed: int = 0, step: int = 0) -> Frames:
+        """Frames that fit this encoder, for tests and `check_encoder`."""
+        return fake_frames(batch, seed=seed, step=step)
+
+
+@dataclass(frozen=True)
+class PillarView:
+    """Which camera sees which pillar where: V pairs, found once a frame and used by every layer."""
+
+    pillar: Tensor  # [V] row * Q + pillar
+    camera: Tensor  # [V] row * N + camera
+    uv: Tensor  # [V, Z, 2] fractions of the image, one a height
+    share: Tensor  # [V, 1] 1 / number of cameras that see the same pillar
+
+
+def view_pillars(
+    pillars: Tensor, cameras: Cameras, image_size: tuple[int, int], queries: int
+) -> PillarView:
+    """Project pillar points into every camera and keep the visible pairs.
+
+    Args:
+        pillars: [Q * Z, 3] metres, lidar frame, heights fastest.
+        cameras: calibration of B rows.
+        image_size: width, height in pixels.
+        queries: Q.
+
+    Returns:
+        The pairs where at least one height lies inside the image and in front of the camera.
+    """
+    rows, number = cameras.intrinsics.shape[:2]
+    # Not in half precision, whatever the model runs in: bf16 moves points by several pixels.
+    with torch.autocast(pillars.device.type, enabled=False):
+        pixels, depth = geometry.project(
+            pillars, cameras.lidar_to_cam.float(), cameras.intrinsics.float()
+        )
+        uv = pixels / pixels.new_tensor(image_size)  # B, N, Q*Z, 2
+    inside = (depth > NEAREST_M) & (uv > 0).all(-1) & (uv < 1).all(-1)
+    seen = inside.view(rows, number, queries, -1).any(-1)  # B, N, Q
+    row, camera, pillar = seen.nonzero(as_tuple=True)
+    picked = uv.view(rows * number * queries, -1, 2)[(row * number + camera) * queries + pillar]
+    # Points behind the camera project to anywhere; keep them finite and outside.
+    return PillarView(
+        pillar=row * queries + pillar,
+        camera=row * number + camera,
+        uv=picked.clamp(-1, 2),
+        share=1 / seen.sum(1)[row, pillar].unsqueeze(-1).float(),
+    )
+
+
+class TemporalAttention(nn.Module):
+    """Each cell reads the current and the previous BEV around where it is and where it was."""
+
+    def __init__(self, config: DeformableBEVConfig) -> None:
+        super().__init__()
+        self.heads, self.points = config.heads, config.temporal_points
+        samples = config.heads * 2 * config.temporal_points  # A, (current, previous), P
+        self.value = nn.Conv2d(config.dim, config.dim, 1)
+        self.offsets = nn.Linear(2 * config.dim, samples * 2)
+        self.weights = nn.Linear(2 * config.dim, samples)
+        self.out = nn.Linear(config.dim, config.dim)
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        nn.init.zeros_(self.offsets.weight)
+        # The first point of a head starts on the spot, the others on a ring.
+        ring = ring_offsets(self.heads, self.points) - ring_offsets(self.heads, 1)
+        self.offsets.bias.data = ring.unsqueeze(1).expand(-1, 2, -1, -1).flatten()
+
+    def forward(self, query: Tensor, positions: Tensor, previous: Tensor, where: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, C, H, W], the current BEV.
+            positions: [1, C, H, W], added to see where a query is.
+            previous: [B, C, H, W], the previous BEV as it was.
+            where: [B, Q, 2, 2]: (x, y) fractions in the current and in the previous BEV.
+
+        Returns:
+            [B, C, H, W].
+        """
+        batch, channels, rows, columns = query.shape
+        both = torch.cat([query + positions, previous], 1).flatten(2).transpose(1, 2)  # B, Q, 2C
+        shape = (batch, rows * columns, self.heads, 2, self.points)
+        offsets = self.offsets(both).float().view(*shape, 2)
+        weights = self.weights(both).float().view(*shape[:3], -1).softmax(-1).view(shape)
+        locations = where[:, :, None, :, None] + offsets / offsets.new_tensor([columns, rows])
+        values = self.value(torch.cat([query, previous])).float().chunk(2)
+        read = self.out(deformable_attention(values, locations, weights))  # B, Q, C
+        return read.transpose(1, 2).reshape(batch, channels, rows, columns)
+
+
+class SpatialAttention(nn.Module):
+    """Each pillar reads the cameras that see it, around its projected points; the mean of them."""
+
+    def __init__(self, config: DeformableBEVConfig) -> None:
+        super().__init__()
+        self.heads, self.levels = config.heads, len(config.strides)
+        self.points, heights = config.spatial_points, len(config.heights_m)
+        samples = self.heads * self.levels * self.points
+        self.value = nn.ModuleList(nn.Conv2d(config.dim, config.dim, 1) for _ in config.strides)
+        self.offsets = nn.Linear(config.dim, samples * 2)
+        self.weights = nn.Linear(config.dim, samples)
+        self.out = nn.Linear(config.dim, config.dim)
+        # Point p of head n hangs on height (n + p) % Z, so that heads differ in height.
+        anchor = (torch.arange(self.heads)[:, None] + torch.arange(self.points)) % heights
+        self.register_buffer("anchor", anchor.flatten(), persistent=False)
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        # The first point, the head's own height, starts with most of the weight.
+        with torch.no_grad():
+            self.weights.bias.view(self.heads, self.levels, self.points)[..., 0] = 1.5
+
+    def forward(self, query: Tensor, levels: tuple[Tensor, ...], view: PillarView) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [B, C, H, W].
+            levels: L maps [B * N, C, h, w].
+            view: who sees whom.
+
+        Returns:
+            [B, C, H, W]; zero for pillars that no camera sees.
+        """
+        batch, channels, rows, columns = query.shape
+        flat = query.flatten(2).transpose(1, 2).flatten(0, 1)  # B*Q, C
+        pairs = len(view.pillar)
+        shape = (pairs, self.heads, self.levels, self.points)
+        offsets = self.offsets(flat).float().index_select(0, view.pillar).view(*shape, 2)
+        weights = self.weights(flat).float().view(len(flat), self.heads, -1).softmax(-1)
+        weights = weights.index_select(0, view.pillar).view(shape)
+        start = view.uv[:, self.anchor].view(pairs, self.heads, self.points, 2)
+        values, locations = [], []
+        for level, project in enumerate(self.value):
+            value = project(levels[level]).float()
+            size = value.new_tensor(value.shape[:1:-1])  # w, h
+            uv = start + offsets[:, :, level] / size
+            values.append(_tall(value))
+            locations.append(_in_tall(uv, view.camera, len(value), value.shape[-2]))
+        read = deformable_attention(
+            values, torch.stack(locations, 2).unsqueeze(0), weights.unsqueeze(0)
+        )  # 1, V, C
+        read = self.out(read.squeeze(0) * view.share)
+        gathered = read.new_zeros(len(flat), channels).index_add(0, view.pillar, read)
+        return gathered.view(batch, rows * columns, channels).transpose(1, 2).reshape(query.shape)
+
+
+def _tall(images: Tensor) -> Tensor:
+    """Images [I, C, h, w] below one another, a row of zeros after each: [1, C, I * (h + 1), w]."""
+    padded = F.pad(images, (0, 0, 0, 1))
+    return padded.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _in_tall(uv: Tensor, image: Tensor, images: int, height: int) -> Tensor:
+    """Where fractions [V, A, P, 2] of images [V] lie in the tall image, as fractions of it.
+
+    What leaves its image above or below meets a row of zeros, never a neighbour's pixels.
+    """
+    row = (uv[..., 1] * height - 0.5).clamp(-1, height)
+    tall = (image.view(-1, 1, 1) * (height + 1) + row + 0.5) / (images * (height + 1))
+    return torch.stack([uv[..., 0], tall], -1)
+
+
+class BEVLayer(nn.Module):
+    """Temporal attention, spatial attention, convolution; each added and normalised."""
+
+    def __init__(self, config: DeformableBEVConfig) -> None:
+        super().__init__()
+        self.temporal = TemporalAttention(config)
+        self.spatial = SpatialAttention(config)
+        self.mix = nn.Sequential(
+            conv(config.dim, config.dim), nn.Conv2d(config.dim, config.dim, 1)
+        )
+        groups = config.dim // 8
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, config.dim) for _ in range(3))
+
+    def forward(
+        self,
+        bev: Tensor,
+        positions: Tensor,
+        previous: Tensor,
+        where: Tensor,
+        levels: tuple[Tensor, ...],
+        view: PillarView,
+    ) -> Tensor:
+        """See TemporalAttention and SpatialAttention; [B, C, H, W] in and out."""
+        bev = self.norms[0](bev + self.temporal(bev, positions, previous, where))
+        bev = self.norms[1](bev + self.spatial(bev + positions, levels, view))
+        return self.norms[2](bev + self.mix(bev))
+
+
+class DeformableBEV(nn.Module):
+    """Six images and the previous BEV to the current BEV; see the module's head."""
+
+    pillars: Tensor
+    centres: Tensor
+    positions: Tensor
+
+    def __init__(self, config: DeformableBEVConfig) -> None:
+        super().__init__()
+        self.config, self.dim, self.grid = config, config.dim, config.grid
+        widths = config.backbone.widths[1:]
+        outputs = [config.backbone.strides.index(stride) for stride in config.strides]
+        self.backbone = config.backbone.build()
+        self.neck = FeaturePyramid(widths, config.dim, outputs)
+        self.ray = nn.Linear(6, config.dim) if config.ray_embedding else None
+        self.can_bus = nn.Linear(18, config.dim) if config.can_bus else None
+        self.bev_queries = nn.Parameter(
+            torch.randn(1, config.dim, config.rows, config.columns) * 0.1
+        )
+        self.layers = nn.ModuleList(BEVLayer(config) for _ in range(config.layers))
+        self.refine = nn.Sequential(*(ResidualBlock(config.dim) for _ in range(config.bev_blocks)))
+        centres = geometry.cell_centres(self.grid).flatten(0, 1)  # Q, 2
+        heights = torch.tensor(config.heights_m)
+        points = torch.cat(
+            [
+                centres.unsqueeze(1).expand(-1, len(heights), -1),
+                heights.view(1, -1, 1).expand(len(centres), -1, -1),
+            ],
+            -1,
+        )
+        extent = max(config.rows, config.columns) * config.cell_m
+        waves = geometry.sinusoids(centres, config.dim // 4 * 2, 2 * extent).flatten(1)
+        waves = F.pad(waves, (0, config.dim - waves.shape[1]))[:, : config.dim]
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("pillars", points.flatten(0, 1), persistent=False)
+        self.register_buffer(
+            "positions",
+            waves.T.reshape(1, config.dim, config.rows, config.columns) / math.sqrt(2),
+            persistent=False,
+        )
+
+    def forward(
+        self, frames: Frames, state: EncoderState | None
+    ) -> tuple[SceneFeatures, EncoderState]:
+        """Encode one key-frame; see odvla.encoders.protocol.Encoder."""
+        batch, cameras, _, height, width = frames.images.shape
+        levels = self._image_levels(frames)  # L x [B*N, C, h, w]
+        view = view_pillars(self.pillars, frames.cameras, (width, height), len(self.centres))
+        bev = self.bev_queries.expand(batch, -1, -1, -1)
+        if self.can_bus is not None:
+            bev = bev + self.can_bus(frames.can_bus)[:, :, None, None]
+        previous, where = self._previous(frames, state, bev)
+        for layer in self.layers:
+            bev = layer(bev, self.positions, previous, where, levels, view)
+        bev = self.refine(bev).permute(0, 2, 3, 1)  # B, H, W, C
+        features = SceneFeatures(
+            levels=tuple(level.unflatten(0, (batch, cameras)) for level in levels),
+            bev=bev,
+            grid=self.grid,
+        )
+        valid = torch.ones_like(frames.scene_start)
+        return features, EncoderState(bev, frames.lidar_to_global, valid)
+
+    def _image_levels(self, frames: Frames) -> tuple[Tensor, ...]:
+        batch, cameras, _, height, width = frames.images.shape
+        levels = self.neck(self.backbone(frames.images.flatten(0, 1)))
+        if self.ray is None:
+            return levels
+        return tuple(
+            level + self.ray(self._rays(frames.cameras, level, (width, height))).movedim(-1, 1)
+            for level in levels
+        )
+
+    def _rays(self, cameras: Cameras, level: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Direction and camera position (metres) of every pixel of a level: [B * N, h, w, 6]."""
+        rows, columns = level.shape[-2:]
+        v, u = torch.meshgrid(
+            (torch.arange(rows, device=level.device) + 0.5) * (image_size[1] / rows),
+            (torch.arange(columns, device=level.device) + 0.5) * (image_size[0] / columns),
+            indexing="ij",
+        )
+        pixels = torch.stack([u, v], -1).flatten(0, 1)
+        with torch.autocast(level.device.type, enabled=False):
+            to_cam = cameras.lidar_to_cam.float().flatten(0, 1)
+            rays = geometry.pixel_rays(cameras.intrinsics.float().flatten(0, 1), to_cam, pixels)
+            place = geometry.invert_rigid(to_cam)[:, None, :3, 3].expand_as(rays)
+        return torch.cat([rays, place], -1).unflatten(1, (rows, columns))
+
+    def _previous(
+        self, frames: Frames, state: EncoderState | None, bev: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The previous BEV [B, C, H, W], and where each cell lies in both BEVs [B, Q, 2, 2].
+
+        Rows without a past read the fresh queries twice, as BEVFormer does.
+        """
+        now = geometry.to_bev_unit(self.grid, self.centres).expand(len(bev), -1, -1)
+        if state is None:
+            return bev, torch.stack([now, now], 2)
+        known = state.valid & ~frames.scene_start
+        to_previous = geometry.relative_transform(frames.lidar_to_global, state.lidar_to_global)
+        flat = F.pad(self.centres, (0, 1)).expand(len(bev), -1, -1)
+        moved = geometry.transform_points(to_previous, flat)[..., :2]
+        before = geometry.to_bev_unit(self.grid, moved)
+        # clamp: where() would still hand non-finite positions of unknown rows to the gradient
+        before = torch.where(known[:, None, None], before.clamp(-4, 5), now)
+        past = state.bev.permute(0, 3, 1, 2).to(bev.dtype)
+        return torch.where(known[:, None, None, None], past, bev), torch.stack([now, before], 2)

@@ -1,0 +1,155 @@
+"""The index against the devkit, and what is said of broken roots."""
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+from nuscenes.nuscenes import NuScenes
+from scipy.spatial.transform import Rotation
+
+from datamodules.poses import inverse, rigid, yaw_of
+from datamodules.records import load_index
+from odvla.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def index(circle_root):
+    return load_index(circle_root, "v1.0-mini")
+
+
+def test_rigid_transforms_agree_with_scipy():
+    rng = np.random.default_rng(0)
+    quaternions, translations = rng.normal(size=(5, 4)), rng.normal(size=(5, 3))
+    matrices = rigid(translations, quaternions)
+    expected = Rotation.from_quat(quaternions[:, [1, 2, 3, 0]])
+    np.testing.assert_allclose(matrices[:, :3, :3], expected.as_matrix(), atol=1e-12)
+    np.testing.assert_allclose(inverse(matrices), np.linalg.inv(matrices), atol=1e-12)
+    flat = rigid(np.zeros(3), [math.cos(0.4), 0, 0, math.sin(0.4)])
+    assert yaw_of(flat[:3, :3]) == pytest.approx(0.8)
+
+
+def test_chain_splits_and_poses(index, circles):
+    assert [(s.name, s.split) for s in index.scenes] == [
+        ("scene-0061", "train"),
+        ("scene-0553", "train"),
+        ("scene-0103", "val"),
+        ("scene-0916", "val"),
+    ]
+    for scene in index.scenes:
+        frames = index.frames[scene.first : scene.last]
+        assert len(frames) == circles.SCENES[scene.name][1]
+        assert [f.prev for f in frames] == [-1, *range(scene.first, scene.last - 1)]
+        assert [f.next for f in frames] == [*range(scene.first + 1, scene.last), -1]
+        for k, frame in enumerate(frames):
+            x, y, yaw = circles.lidar_pose(scene.name, 0.5 * k)
+            np.testing.assert_allclose(frame.lidar_to_global[:3, 3], [x, y, 1.84023], atol=1e-9)
+            assert yaw_of(frame.lidar_to_global[:3, :3]) == pytest.approx(
+                math.remainder(yaw, math.tau)
+            )
+
+
+def test_velocity_agrees_with_the_devkit(index, circle_root):
+    devkit = NuScenes("v1.0-mini", str(circle_root), verbose=False)
+    for row, token in enumerate(index.annotations.token):
+        expected = np.nan_to_num(devkit.box_velocity(token.decode())[:2])
+        np.testing.assert_allclose(index.annotations.velocity[row], expected, atol=1e-9)
+
+
+def test_index_is_light_and_kept(index, circle_root):
+    assert load_index(str(circle_root), "v1.0-mini") is index
+    again = pickle.loads(pickle.dumps(index))
+    assert again.frames[3].token == index.frames[3].token
+
+
+def test_can_bus_values_and_missing_scene(index, circles):
+    for scene in index.scenes:
+        rows = slice(scene.first, scene.last)
+        _, frames, speed, rate = circles.SCENES[scene.name]
+        if scene.name == "scene-0553":
+            assert not index.can_bus.available[rows].any()
+            assert not index.can_bus.velocity[rows].any()
+            continue
+        np.testing.assert_allclose(index.can_bus.velocity[rows, 0], speed)
+        np.testing.assert_allclose(index.can_bus.rotation_rate[rows, 2], rate)
+        steering = 0.25 + 0.5 * np.arange(frames)
+        np.testing.assert_allclose(index.can_bus.steering[rows], steering)
+
+
+def test_real_sample_loads(shared):
+    index = load_index(shared / "data" / "nuscenes-one-sample", "v1.0-mini")
+    assert index.frames[0].token == "ca9a282c9e77460f8360f564131a8af5"
+    assert len(index.annotations.token) == 68
+
+
+def test_real_can_bus_agrees_with_a_plain_search(shared):
+    from datamodules.can_bus import CanBusReader
+
+    root = shared / "data" / "nuscenes-mini-tables"
+    samples = json.loads((root / "v1.0-mini" / "sample.json").read_text())
+    scene = next(
+        s["token"]
+        for s in json.loads((root / "v1.0-mini" / "scene.json").read_text())
+        if s["name"] == "scene-0103"
+    )
+    times = sorted(s["timestamp"] for s in samples if s["scene_token"] == scene)
+    can = CanBusReader(root).at("scene-0103", np.array(times))
+    poses = json.loads((root / "can_bus" / "scene-0103_pose.json").read_text())
+    steers = json.loads((root / "can_bus" / "scene-0103_steeranglefeedback.json").read_text())
+    for row, t in enumerate(times):
+        pose = [p for p in poses if p["utime"] <= t][-1:] or poses[:1]
+        np.testing.assert_array_equal(can.velocity[row], pose[0]["vel"])
+        np.testing.assert_array_equal(can.acceleration[row], pose[0]["accel"])
+        nearest = min(steers, key=lambda m: abs(m["utime"] - t))
+        assert can.steering[row] == nearest["value"]
+
+
+def _broken_root(circles, tmp_path, table, change):
+    root = circles.write_root(tmp_path)
+    path = root / "v1.0-mini" / f"{table}.json"
+    records = json.loads(path.read_text())
+    change(records)
+    path.write_text(json.dumps(records))
+    return root
+
+
+def test_missing_root_and_version(tmp_path, circle_root):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_index(tmp_path / "nowhere", "v1.0-mini")
+    with pytest.raises(UserError, match=r"no version 'v1.0-trainval'; versions found: v1.0-mini"):
+        load_index(circle_root, "v1.0-trainval")
+    with pytest.raises(UserError, match="'v2' is not one of"):
+        load_index(circle_root, "v2")
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        ("sample_data", "ego_pose_token"),
+        ("sample_data", "calibrated_sensor_token"),
+        ("sample_annotation", "instance_token"),
+        ("sample", "next"),
+        ("scene", "log_token"),
+    ],
+)
+def test_dangling_token_is_named(circles, tmp_path, table, field):
+    root = _broken_root(
+        circles, tmp_path, table, lambda records: records[3].update({field: "gone"})
+    )
+    record = json.loads((root / "v1.0-mini" / f"{table}.json").read_text())[3]["token"]
+    with pytest.raises(UserError, match=rf"{record} of .*{table}\.json: {field} 'gone'"):
+        load_index(root, "v1.0-mini")
+
+
+def test_missing_table_camera_and_broken_json(circles, tmp_path):
+    root = _broken_root(circles, tmp_path / "a", "sample_data", lambda records: records.pop(1))
+    with pytest.raises(UserError, match="no key-frame of CAM_FRONT"):
+        load_index(root, "v1.0-mini")
+    path = root / "v1.0-mini" / "ego_pose.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match=r"ego_pose\.json is not JSON"):
+        load_index(root, "v1.0-mini")
+    path.unlink()
+    with pytest.raises(UserError, match=r"ego_pose\.json is missing"):
+        load_index(root, "v1.0-mini")
