@@ -10,25 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datamodules.agents import boxes_in_lidar, futures, learnable_rows
 from datamodules.collate import Tokenises
 from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
 from datamodules.records import FrameRecord, Index
 from odvla.language.prompts import Dialect
+from odvla.language.waypoints import format_future
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
-
-UNKNOWN = "(UN,UN)"
-
-
-def future_text(positions: NDArray[np.float32], mask: NDArray[np.bool_]) -> str:
-    """Positions [6, 2] as text; unknown ones (mask False) as UNKNOWN."""
-    points = [
-        f"({x:.2f},{y:.2f})".replace("-0.00", "0.00") if known else UNKNOWN
-        for (x, y), known in zip(positions.tolist(), mask.tolist(), strict=True)
-    ]
-    return f"[{','.join(points)}]"
 
 
 def agents_with_future(
@@ -54,7 +43,7 @@ class AgentFutures(FrameRecords[int]):
         row = np.array([record])
         positions, mask = futures(self.index, row)
         box = boxes_in_lidar(self.index, row, frame)[0]
-        answer = future_text(positions[0], mask[0])
+        answer = format_future(positions[0], mask[0])
         token = data.token[record].decode()
         return Conversation(
             id=f"{token}_future",

@@ -19,7 +19,7 @@ from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
-from odvla.types import Conversation, EgoState, Turn
+from odvla.types import COMMANDS, Conversation, EgoState
 
 _R = TypeVar("_R")
 
@@ -120,6 +120,30 @@ class LanguageDataModule(NuScenesDataModule):
             for turn in conversation.turns:
                 yield turn.text
 
+    def question(self, sample_token: str, text: str) -> Conversation:
+        """A question of the user's own about any sample of the root, still to be answered."""
+        frame = self.index.frame(sample_token)
+        return Conversation(
+            id=f"{sample_token}_question",
+            sample_token=sample_token,
+            kind="qa",
+            turns=self.dialect.turns("qa", None, ego_state(self.index, frame), text),
+            reference="",
+        )
+
+    def plan_request(self, sample_token: str) -> Conversation:
+        """The request for a plan at any sample of the root, still to be answered."""
+        frame = self.index.frame(sample_token)
+        ego = ego_state(self.index, frame)
+        return Conversation(
+            id=f"{sample_token}_trajectory",
+            sample_token=sample_token,
+            kind="plan",
+            turns=self.dialect.turns("plan", None, ego),
+            reference="",
+            meta={"command": COMMANDS[int(ego.command[0])]},
+        )
+
 
 @dataclass(frozen=True)
 class FrameRecords(ConversationSource, Generic[_R]):
@@ -142,12 +166,6 @@ class FrameRecords(ConversationSource, Generic[_R]):
     ) -> Conversation:
         """Word one record."""
         raise NotImplementedError
-
-
-def dialogue(system: str, user: str, assistant: str) -> tuple[Turn, ...]:
-    """System prompt, question, answer."""
-    turns = (Turn("user", user), Turn("assistant", assistant))
-    return (Turn("system", system), *turns) if system else turns
 
 
 def group_by_frame(pairs: Iterator[tuple[int, _R]]) -> dict[int, tuple[_R, ...]]:

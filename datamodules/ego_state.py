@@ -31,7 +31,8 @@ def past_positions(index: Index, frame: FrameRecord, steps: int = HISTORY) -> Fl
     """Where LIDAR_TOP was before t0, in the lidar frame of t0.
 
     Before the scene's first key-frame the oldest known step is continued backwards, as the cache
-    does.
+    does; in the first key-frame itself that is the step that is yet to come, a leak every user of
+    the cache has.
 
     Returns:
         [steps, 2], oldest first, STEP_S apart.
@@ -75,9 +76,9 @@ def future_positions(
     return _to_lidar_xy(frame, np.array(positions)), mask
 
 
-def plan_targets(index: Index, frame: FrameRecord) -> PlanTargets:
-    """The next 3 s of LIDAR_TOP as targets of one row."""
-    waypoints, mask = future_positions(index, frame)
+def plan_targets(index: Index, frame: FrameRecord, height_m: float = 0.0) -> PlanTargets:
+    """The next 3 s of LIDAR_TOP (see future_positions) as targets of one row."""
+    waypoints, mask = future_positions(index, frame, height_m=height_m)
     return PlanTargets(
         waypoints=torch.from_numpy(waypoints).float()[None], mask=torch.from_numpy(mask)[None]
     )

@@ -221,16 +221,6 @@ class GPTDriverDataModule(LanguageDataModule):
             records = {n: r for n, r in records.items() if self.index.frames[n].token in listed}
         return Plans(self.index, self.dialect, records, self.config.ego_from_cache)
 
-    def plan_conversation(self, sample_token: str) -> Conversation:
-        """The request for a plan at any sample of the root, with or without a cached record."""
-        from datamodules.ego_state import ego_state, plan_targets
-
-        frame = self.index.frame(sample_token)
-        plan = plan_targets(self.index, frame)
-        record = Driven(plan.waypoints[0].numpy(), plan.mask[0].numpy(), {})
-        plans = Plans(self.index, self.dialect, {frame.number: (record,)})
-        return plans.make(frame.number, 0, ego=ego_state(self.index, frame))
-
     def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
         """Sample token and cached ego state of every key-frame of a split."""
         source = self.make_source(split)

@@ -38,37 +38,48 @@ DIVIDER, CROSSING, BOUNDARY = (
 
 @dataclass(frozen=True)
 class Segments:
-    """Line segments of one kind; those of one element stand together, in drawing order.
-
-    `boxes` is meant for closed rings, whose segment ends are all segment starts as well.
-    """
+    """Line segments of one kind; those of one element stand together, in drawing order."""
 
     start: FloatArray  # [S, 2] global metres
     end: FloatArray  # [S, 2]
     element: NDArray[np.int64]  # [S] number of the line or polygon: 0, 1, ...
 
-    def near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
-        """Segments whose bounding box comes within a square around `centre`."""
-        low = np.minimum(self.start, self.end) - centre
-        high = np.maximum(self.start, self.end) - centre
-        return np.flatnonzero(((low <= reach_m) & (high >= -reach_m)).all(1))
-
     def whole_near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
-        """All segments of the elements whose bounding box comes within that square.
+        """Segments of the elements whose bounding box comes within a square around `centre`.
 
-        Filling needs closed rings, and a ring around the car may have no segment near it.
+        Filling needs whole rings: a ring around the car may have no segment near it.
         """
-        low, high = self.boxes
-        near = ((low - centre <= reach_m) & (high - centre >= -reach_m)).all(1)
-        return np.flatnonzero(near[self.element])
+        near = ((self._low - centre <= reach_m) & (self._high - centre >= -reach_m)).all(1)
+        first = self._first
+        spans = [np.arange(first[e], first[e + 1]) for e in np.flatnonzero(near)]
+        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+
+    def near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
+        """Segments whose own bounding box comes within that square."""
+        rows = self.whole_near(centre, reach_m)
+        start, end = self.start[rows] - centre, self.end[rows] - centre
+        outside = ((start > reach_m) & (end > reach_m)) | ((start < -reach_m) & (end < -reach_m))
+        return rows[~outside.any(1)]
 
     @cached_property
-    def boxes(self) -> tuple[FloatArray, FloatArray]:
-        """Lower and upper corner of each element's bounding box, [E, 2] each."""
+    def _first(self) -> NDArray[np.int64]:
+        """First segment of each element, and one past the last segment."""
+        return np.append(np.flatnonzero(np.diff(self.element, prepend=-1)), len(self.element))
+
+    @cached_property
+    def _low(self) -> FloatArray:
+        """Lower corner of each element's bounding box, [E, 2]."""
+        return self._corner(np.minimum)
+
+    @cached_property
+    def _high(self) -> FloatArray:
+        """Upper corner of each element's bounding box, [E, 2]."""
+        return self._corner(np.maximum)
+
+    def _corner(self, extreme: np.ufunc) -> FloatArray:
         if not len(self.element):
-            return np.zeros((0, 2)), np.zeros((0, 2))
-        first = np.flatnonzero(np.diff(self.element, prepend=-1))
-        return np.minimum.reduceat(self.start, first), np.maximum.reduceat(self.start, first)
+            return np.zeros((0, 2))
+        return extreme.reduceat(extreme(self.start, self.end), self._first[:-1])
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,13 @@ from datamodules.frames import FrameLoader
 from datamodules.map_raster import map_targets
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index, SceneRecord, load_index
-from datamodules.sampling import ClipRequest, ClipSampler, ResumableLoader, StreamBatchSampler
+from datamodules.sampling import (
+    ClipRequest,
+    ClipSampler,
+    PlainLoader,
+    ResumableLoader,
+    StreamBatchSampler,
+)
 from odvla.errors import UserError
 from odvla.types import Batch, BevGrid, Conversation, EgoState, PlanTargets
 
@@ -103,14 +109,16 @@ class FrameDataset(Dataset[Sample]):
     """Key-frames by ClipRequest. Holds arrays only, so that workers can have copies."""
 
     def __init__(
-        self, index: Index, config: NuScenesDataConfig, source: ConversationSource | None = None
+        self,
+        index: Index,
+        config: NuScenesDataConfig,
+        loader: FrameLoader,
+        source: ConversationSource | None = None,
     ) -> None:
         self.index = index
         self.config = config
+        self.loader = loader
         self.source = source
-        limit_gb = config.cache_limit_gb if config.cache_images else 0.0
-        width, height = config.image_size
-        self.loader = FrameLoader(index, (width, height), limit_gb)
 
     def __getitem__(self, request: ClipRequest) -> Sample:
         """Read one row.
@@ -194,9 +202,17 @@ class NuScenesDataModule(lightning.LightningDataModule):
         """
         return load_index(self.config.folder, self.config.version)
 
+    @cached_property
+    def loader(self) -> FrameLoader:
+        """Reads images; shared by all loaders of this module, and so is its memory of images."""
+        limit_gb = self.config.cache_limit_gb if self.config.cache_images else 0.0
+        width, height = self.config.image_size
+        return FrameLoader(self.index, (width, height), limit_gb)
+
     def setup(self, stage: str) -> None:
         """Read the tables and the conversations of the splits a stage needs."""
-        for split in ("train", "val") if stage == "fit" else ("val",):
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in splits.get(stage, ()):
             self.scenes(split)
             self.source(split)
 
@@ -245,7 +261,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         batches = StreamBatchSampler(
             bounds, self.config.eval_batch_size, self.picker(split), *self._place()
         )
-        return DataLoader(batch_sampler=batches, **self._loader_settings(split))
+        return PlainLoader(batch_sampler=batches, **self._loader_settings(split))
 
     def frame(
         self,
@@ -265,13 +281,19 @@ class NuScenesDataModule(lightning.LightningDataModule):
             UserError: no such sample, or a broken image.
         """
         record = self.index.frame(sample_token)
-        dataset = FrameDataset(self.index, self.config)
+        dataset = FrameDataset(self.index, self.config, self.loader)
         request = ClipRequest(record.number, clip_length)
         sample = dataset.read(request, self._available(record), conversations)
         return Collate(self.tokenizer)([sample])
 
-    def evaluation_frames(self, split: str) -> Iterable[EvaluationFrame]:
-        """Ground truth and ego state of every key-frame of a split, scene by scene."""
+    def evaluation_frames(self, split: str, *, height_m: float = 0.0) -> Iterator[EvaluationFrame]:
+        """Ground truth and ego state of every key-frame of a split, scene by scene.
+
+        Args:
+            split: train, val or test.
+            height_m: ego_state.UNIAD_PLAN_POINT_M gives the ground truth of UniAD's evaluation,
+                0 the path of the lidar.
+        """
         for scene in self.scenes(split):
             for number in range(scene.first, scene.last):
                 record = self.index.frames[number]
@@ -279,7 +301,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
                     record.token,
                     scene.name,
                     record.position,
-                    plan_targets(self.index, record),
+                    plan_targets(self.index, record, height_m),
                     ego_state(self.index, record),
                 )
 
@@ -313,7 +335,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         if source is not None and self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs a tokenizer to make batches")
         return {
-            "dataset": FrameDataset(self.index, self.config, source),
+            "dataset": FrameDataset(self.index, self.config, self.loader, source),
             "collate_fn": Collate(self.tokenizer),
             "num_workers": workers,
             "persistent_workers": workers > 0,

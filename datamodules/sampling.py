@@ -91,7 +91,19 @@ class ClipSampler(Sampler[Any]):
             yield ClipRequest(frame, self.steps, conversations=chosen)
 
 
-class ResumableLoader(DataLoader):
+class PlainLoader(DataLoader):
+    """A DataLoader that passes on a worker's UserError as the one sentence it was."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # torch puts the worker's traceback before the message; its last line is the message.
+            sentence = str(error).strip().splitlines()[-1]
+            raise UserError(sentence.split("UserError: ", 1)[-1]) from error
+
+
+class ResumableLoader(PlainLoader):
     """A training DataLoader that continues inside an epoch.
 
     Its sampler must be a BatchSampler of a ClipSampler. Lightning stores and restores the state.

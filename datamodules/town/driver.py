@@ -14,9 +14,10 @@ import numpy as np
 from datamodules.town.geometry import FloatArray
 from datamodules.town.paths import STEP_M, Path
 
-COMFORT_BRAKE = 2.2  # m/s^2
+COMFORT_BRAKE = 2.6  # m/s^2
 HARDEST_BRAKE = 6.0
-LATERAL_ACCEL = 2.0  # m/s^2 that people accept in a bend
+BEND_BRAKE = 2.2
+LATERAL_ACCEL = 2.7  # m/s^2 that people accept in a bend
 LOOK_AHEAD_M = 48.0
 STANDSTILL_GAP_M = 2.2
 HEADWAY_S = 1.2
@@ -50,8 +51,8 @@ class Driver:
     speed: float
     front_m: float
     keenness: float = 1.0  # factor on the speed limit
-    accel_limit: float = 2.0
-    limit_mps: float = 10.5
+    accel_limit: float = 2.5
+    limit_mps: float = 12.5
     # (from, to, speed): moods in which it drives slower than it could
     moods: tuple[tuple[float, float, float], ...] = ()
     acceleration: float = 0.0
@@ -65,7 +66,7 @@ class Driver:
             # Backward pass once: from each point, braking gently, the bends ahead can be taken.
             allowed = np.sqrt(LATERAL_ACCEL / np.maximum(np.abs(self.path.curvature), 1e-4))
             for i in range(len(allowed) - 2, -1, -1):
-                allowed[i] = min(allowed[i], np.sqrt(allowed[i + 1] ** 2 + 2 * 1.5 * STEP_M))
+                allowed[i] = min(allowed[i], np.sqrt(allowed[i + 1] ** 2 + 2 * BEND_BRAKE * STEP_M))
             self._allowed = allowed
         return float(np.interp(self.s + 0.3 * self.speed, self.path.s, self._allowed))
 

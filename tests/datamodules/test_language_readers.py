@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.agent_trajectories import AgentTrajectoriesConfig, future_text
+from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig, map_text
 from datamodules.gpt_driver import GPTDriverConfig
 from datamodules.mixture import MixtureConfig
@@ -196,11 +196,6 @@ def test_agent_futures_are_told(root):
     # Nothing is asked about agents that are not seen again.
     last = data.index.frames[8].token
     assert not [c for c in conversations if c.sample_token == last]
-
-
-def test_future_text_never_says_minus_zero():
-    text = future_text(np.array([[-0.001, 1.0], [0, 0]], np.float32), np.array([True, False]))
-    assert text == "[(0.00,1.00),(UN,UN)]"
 
 
 def test_alignment_covers_the_streams(root):

@@ -76,7 +76,7 @@ def test_workers_give_the_same_batches(circle_root):
 
 def test_collation_pads_with_masked_rows(circle_root):
     data = _data(circle_root, targets=("agents", "map"))
-    dataset = FrameDataset(data.index, data.config)
+    dataset = FrameDataset(data.index, data.config, data.loader)
     samples = [dataset[ClipRequest(n)] for n in (0, 1)]
     counts = [s.targets.agents[0].mask.shape[1] for s in samples]
     assert counts == [1, 2]  # the walker appears in the second key-frame
@@ -109,6 +109,17 @@ def test_scene_limits_and_agent_range(circle_root):
     boxes = data.frame(data.index.frames[1].token).agents[0].boxes[0]
     assert len(boxes) == 3  # with the far bus
     assert np.abs(boxes[:, :2].numpy()).max() > 60
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_sentence_from_workers_too(circles, tmp_path, workers):
+    root = circles.write_root(tmp_path)
+    path = root / "samples" / "CAM_BACK" / "scene-0103_0.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    data = _data(root, num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(data.test_dataloader())
+    assert str(caught.value) == f"camera image {path} is cut short (300 bytes, no end marker)"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,301 @@
+"""DrivingVLA: cameras -> encoder -> queries -> projectors -> splice -> language model.
+
+Read from top to bottom: what it is made of (config), what goes in and comes out, the whole.
+
+    frames --encoder--> features --queries--> tokens of "scene", "track", "map"   (perceive)
+    tokens --projectors--> language width --splice into the text--> embeddings     (_spliced)
+    embeddings --language model--> loss (forward) or text (generate)
+
+What is unusual: the past is an explicit value (VLAState) that goes in and comes out; any number of
+conversations may be about any row of the batch; a conversation about an object is left out of the
+batch when no track is near the object, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odvla.errors import UserError
+from odvla.language.causal_lm import CausalLM, LanguageConfig
+from odvla.language.generation import generate_greedy
+from odvla.language.grammar import Grammar
+from odvla.language.splice import Spliced, match_objects, splice
+from odvla.language.tokenizer import ChatTokenizer
+from odvla.projectors import ProjectorConfig
+from odvla.types import (
+    IGNORE_INDEX,
+    AgentPredictions,
+    Batch,
+    Frames,
+    MapPredictions,
+    SceneFeatures,
+    Talk,
+    TensorFields,
+    TokenSet,
+)
+
+
+@dataclass(frozen=True)
+class VLAConfig:
+    """The parts of a DrivingVLA.
+
+    `encoder` is an encoder's config (with build()); `queries` are query modules' configs (with
+    build(dim, grid)), at most one a stream.
+    """
+
+    encoder: Any
+    queries: tuple[Any, ...]
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    # An object is the track whose centre is nearest, if it is as near as this.
+    object_match_m: float = 2.0
+
+    def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
+        """The model, for texts of this tokenizer.
+
+        Raises:
+            UserError: two query modules of one stream, or one that needs features the encoder
+                does not make.
+        """
+        return DrivingVLA(self, tokenizer)
+
+
+@dataclass(frozen=True)
+class VLAState(TensorFields):
+    """What is remembered from one key-frame to the next."""
+
+    encoder: Any
+    queries: dict[str, Any]  # by stream
+
+
+@dataclass(frozen=True)
+class Perception:
+    """What the vision half made of a clip; of its last frame unless said otherwise."""
+
+    features: SceneFeatures
+    tokens: dict[str, TokenSet]  # by stream, before projection
+    agent_steps: tuple[AgentPredictions, ...]  # one a step of the clip; () without agent queries
+    map_predictions: MapPredictions | None
+
+
+@dataclass(frozen=True)
+class TalkOutput:
+    """Result of a training step on conversations."""
+
+    loss: Tensor  # mean over the labels
+    logits: Tensor  # [P, V] at label places only
+    labels: Tensor  # [P]
+    matched: int  # conversations about an object that a track was found for
+    unmatched: int  # ... for which none was: left out
+    perception: Perception | None
+    state: VLAState | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Written answers, one a conversation of the batch."""
+
+    texts: tuple[str, ...]  # "" where unmatched
+    unmatched: tuple[bool, ...]  # the conversation's object has no track
+    new_tokens: tuple[int, ...]  # tokens written, without the end token
+    perception: Perception | None
+    state: VLAState | None
+
+
+class DrivingVLA(nn.Module):
+    """The whole model; see the module's text."""
+
+    def __init__(self, config: VLAConfig, tokenizer: ChatTokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = config.encoder.build()
+        self.queries = nn.ModuleDict()
+        for query_config in config.queries:
+            module = query_config.build(dim=self.encoder.dim, grid=self.encoder.grid)
+            if module.stream in self.queries:
+                raise UserError(f"two query modules make the {module.stream!r} stream")
+            if module.needs == "bev" and self.encoder.grid is None:
+                raise UserError(
+                    f"{type(query_config).__name__} needs bird's-eye-view features, which "
+                    f"{type(config.encoder).__name__} does not make"
+                )
+            self.queries[module.stream] = module
+        self.language: CausalLM = config.language.build(len(tokenizer))
+        self.projectors = nn.ModuleDict(
+            {
+                stream: config.projector.build(module.dim, self.language.hidden)
+                for stream, module in self.queries.items()
+            }
+        )
+
+    # -- seeing ---------------------------------------------------------------------------------
+
+    def perceive(
+        self, clip: tuple[Frames, ...], state: VLAState | None = None, *, blind: bool = False
+    ) -> tuple[Perception, VLAState]:
+        """Look at a clip, oldest frame first.
+
+        Args:
+            clip: T frames of B scenes, at least one.
+            state: what the previous call returned; None at the start.
+            blind: show black images, to measure what vision is worth.
+        """
+        encoder_state = state.encoder if state else None
+        query_states = dict(state.queries) if state else {}
+        agent_steps: list[AgentPredictions] = []
+        tokens: dict[str, TokenSet] = {}
+        for step, frames in enumerate(clip):
+            if blind:
+                frames = replace(frames, images=torch.zeros_like(frames.images))
+            features, encoder_state = self.encoder(frames, encoder_state)
+            now = step == len(clip) - 1
+            for stream, module in self.queries.items():
+                # Tracks are carried from frame to frame; other streams matter only now, unless a
+                # module says that it has a memory.
+                if now or getattr(module, "temporal", stream == "track"):
+                    tokens[stream], query_states[stream] = module(
+                        features, frames, query_states.get(stream)
+                    )
+            if "track" in tokens and isinstance(tokens["track"].predictions, AgentPredictions):
+                agent_steps.append(tokens["track"].predictions)
+        map_predictions = tokens["map"].predictions if "map" in tokens else None
+        assert not isinstance(map_predictions, AgentPredictions)
+        perception = Perception(features, tokens, tuple(agent_steps), map_predictions)
+        return perception, VLAState(encoder_state, query_states)
+
+    # -- talking --------------------------------------------------------------------------------
+
+    def forward(
+        self, batch: Batch, state: VLAState | None = None, *, blind: bool = False
+    ) -> TalkOutput:
+        """Next-token loss of the batch's conversations.
+
+        Raises:
+            UserError: a conversation is longer than the language model's context, or its text has
+                slots and the batch no images.
+        """
+        assert batch.talk is not None
+        perception, state = self._look(batch, state, blind)
+        talk, tokens = self._with_objects(batch.talk, perception)
+        kept = (tokens != -1).nonzero()[:, 0]
+        unmatched, matched = len(tokens) - len(kept), int((tokens >= 0).sum())
+        if len(kept) == 0:
+            # Nothing to learn here, but every process of a distributed run must take the step.
+            kept = kept.new_zeros(1)
+            talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
+        spliced = self._spliced(talk, tokens, kept, perception)
+        loss, logits, labels = self.language(spliced)
+        return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        state: VLAState | None = None,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 128,
+        blind: bool = False,
+    ) -> Generation:
+        """Answer the batch's conversations greedily.
+
+        Args:
+            batch: conversations are read up to their last answer, which is not looked at.
+            state: what the previous call returned; None at the start.
+            grammar: what may be written; None: anything.
+            max_new_tokens: most tokens an answer may have.
+            blind: see `perceive`.
+
+        Raises:
+            UserError: as `forward`.
+        """
+        perception, state = self._look(batch, state, blind)
+        if batch.talk is None:  # all scenes of this group have ended, or the frame has no talk
+            return Generation((), (), (), perception, state)
+        talk, tokens = self._with_objects(batch.talk, perception)
+        kept = (tokens != -1).nonzero()[:, 0]
+        answers: list[list[int]] = [[] for _ in tokens]
+        if len(kept):
+            places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
+            prompt = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
+            spliced = self._spliced(prompt, tokens, kept, perception, pad_left=True)
+            new = generate_greedy(
+                self.language,
+                spliced,
+                self.tokenizer.end_id,
+                max_new_tokens=max_new_tokens,
+                grammar=grammar,
+            )
+            for row, ids in zip(kept.tolist(), new, strict=True):
+                answers[row] = ids
+        return Generation(
+            texts=tuple(self.tokenizer.decode(ids) for ids in answers),
+            unmatched=tuple((tokens == -1).tolist()),
+            new_tokens=tuple(len(ids) for ids in answers),
+            perception=perception,
+            state=state,
+        )
+
+    def _look(
+        self, batch: Batch, state: VLAState | None, blind: bool
+    ) -> tuple[Perception | None, VLAState | None]:
+        if batch.clip:
+            return self.perceive(batch.clip, state, blind=blind)
+        if batch.talk is not None:
+            slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
+            if len(slots):
+                conversation = batch.talk.conversations[int(slots[0])]
+                raise UserError(
+                    f"conversation {conversation.id} has slots for the scene, but the batch has "
+                    "no images"
+                )
+        return None, state
+
+    def _with_objects(self, talk: Talk, perception: Perception | None) -> tuple[Talk, Tensor]:
+        tracks = perception.tokens.get("track") if perception else None
+        return talk, match_objects(talk, tracks, self.config.object_match_m)
+
+    def _spliced(
+        self,
+        talk: Talk,
+        object_token: Tensor,
+        rows: Tensor,
+        perception: Perception | None,
+        *,
+        pad_left: bool = False,
+    ) -> Spliced:
+        """Embed the conversations `rows` of a talk, slots filled."""
+        talk = _rows_of(talk, rows)
+        streams = {
+            stream: (self.projectors[stream](tokens.feats), tokens.mask)
+            for stream, tokens in (perception.tokens.items() if perception else ())
+        }
+        text = self.language.embed(talk.input_ids.clamp(min=0))
+        spliced = splice(text, talk, streams, object_token[rows], pad_left=pad_left)
+        if spliced.embeds.shape[1] > self.language.max_positions:
+            longest = int(spliced.attention_mask.sum(1).argmax())
+            raise UserError(
+                f"conversation {talk.conversations[longest].id} takes {spliced.embeds.shape[1]} "
+                f"tokens, more than the language model's {self.language.max_positions} positions"
+            )
+        return spliced
+
+
+def _rows_of(talk: Talk, rows: Tensor) -> Talk:
+    """Some conversations of a talk."""
+    numbers: Sequence[int] = rows.tolist()
+    return Talk(
+        input_ids=talk.input_ids[rows],
+        labels=talk.labels[rows],
+        mask=talk.mask[rows],
+        prompt_length=talk.prompt_length[rows],
+        frame_index=talk.frame_index[rows],
+        object_boxes=talk.object_boxes[rows],
+        conversations=tuple(talk.conversations[number] for number in numbers),
+    )
