@@ -326,8 +326,9 @@ def fill_rings(start: FloatArray, end: FloatArray, grid: BevGrid) -> NDArray[np.
     rows = np.arange(grid.rows)[None]
     crosses = (rows >= low[:, None]) & (rows < high[:, None])  # [S, H], half open: each once
     segment, row = np.nonzero(crosses)
-    slope = (end[segment, 0] - start[segment, 0]) / (end[segment, 1] - start[segment, 1])
-    column = start[segment, 0] + (row - start[segment, 1]) * slope
+    # A share of the way, not a slope: that may overflow where a segment is almost level.
+    share = (row - start[segment, 1]) / (end[segment, 1] - start[segment, 1])
+    column = start[segment, 0] + share * (end[segment, 0] - start[segment, 0])
     first_right = np.clip(np.ceil(column), 0, grid.columns).astype(np.int64)
     direction = np.where(end[segment, 1] > start[segment, 1], -1, 1)
     np.add.at(winding, (row, first_right), direction)

@@ -31,8 +31,8 @@ CLASS_KEY = "class"
 def apply_overrides(config: _C, overrides: Iterable[str]) -> _C:
     """Change values by `key=value` texts, e.g. `stages.planning.steps=10`.
 
-    Values are YAML: `1e-4`, `true`, `null`, `[perception, planning]`. Items of a tuple are addressed
-    by number: `model.queries.1.queries=50`.
+    Values are YAML: `1e-4`, `true`, `null`, `[perception, planning]`. Items of a tuple are
+    addressed by number: `model.queries.1.queries=50`.
 
     Args:
         config: a dataclass instance; it is not changed.
@@ -149,7 +149,12 @@ def _merge(node: Any, patch: Any, key: str) -> Any:
         if name not in hints:
             raise UserError(_unknown(path, str(name), hints))
         changes[name] = _changed(getattr(node, name), hints[name], value, path)
-    return dataclasses.replace(node, **changes)
+    try:
+        return dataclasses.replace(node, **changes)
+    except UserError:
+        raise
+    except ValueError as error:  # the config's own check of its values
+        raise UserError(f"{key or 'the experiment'}: {error}") from error
 
 
 def _changed(old: Any, hint: Any, value: Any, key: str) -> Any:
@@ -169,7 +174,9 @@ def _changed(old: Any, hint: Any, value: Any, key: str) -> Any:
 def _items(old: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     """A list for a tuple of groups (a dumped overlay): item by item, none added."""
     if not isinstance(value, list) or len(value) > len(old):
-        raise UserError(f"{key} is a list of {len(old)} groups; add groups in an experiment function")
+        raise UserError(
+            f"{key} is a list of {len(old)} groups; add groups in an experiment function"
+        )
     pairs = zip(old, value, strict=False)  # a shorter list leaves out the last ones
     return tuple(_merge(item, patch, f"{key}.{i}") for i, (item, patch) in enumerate(pairs))
 

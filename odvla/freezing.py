@@ -78,7 +78,9 @@ def set_modes(model: nn.Module) -> None:
 def frozen_tensors(model: nn.Module) -> list[str]:
     """Names (as in state_dict) of all frozen parameters and of the buffers of frozen modules."""
     stored = model.state_dict(keep_vars=True)
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     prefixes = [f"{name}." if name else "" for name, _ in frozen_modules(model)]
     for name, _ in model.named_buffers(remove_duplicate=False):
         if any(name.startswith(prefix) for prefix in prefixes):

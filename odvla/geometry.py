@@ -93,6 +93,29 @@ def transform_boxes(transform: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([centre, boxes[..., 3:6], yaw, velocity], -1)
 
 
+def box_code(boxes: Tensor) -> Tensor:
+    """Boxes as numbers that can be subtracted from one another.
+
+    Args:
+        boxes: [..., 9].
+
+    Returns:
+        [..., 10]: x, y, z, log width, log length, log height, sin yaw, cos yaw, vx, vy.
+    """
+    yaw = boxes[..., 6:7]
+    size = boxes[..., 3:6].clamp(min=0.02).log()
+    return torch.cat([boxes[..., :3], size, yaw.sin(), yaw.cos(), boxes[..., 7:9]], -1)
+
+
+def boxes_of(code: Tensor) -> Tensor:
+    """The boxes [..., 9] of codes [..., 10]; sine and cosine need not be of length one."""
+    # The bound keeps sizes finite whatever an untrained network says.
+    size = code[..., 3:6].clamp(-4, 4).exp()
+    # A zero vector has no angle and no gradient: move it off by a hair.
+    yaw = torch.atan2(code[..., 6:7], code[..., 7:8] + 1e-6)
+    return torch.cat([code[..., :3], size, yaw, code[..., 8:10]], -1)
+
+
 def advance_boxes(boxes: Tensor, seconds: Tensor) -> Tensor:
     """Boxes [..., A, 9] moved along their own velocity for `seconds` [...]."""
     step = boxes[..., 7:9] * seconds[..., None, None]
@@ -111,9 +134,10 @@ def project(points: Tensor, lidar_to_cam: Tensor, intrinsics: Tensor) -> tuple[T
         Pixels [..., P, 2] and depths [..., P] in metres. Points behind the camera (depth <= 0) get
         finite but meaningless pixels.
     """
-    in_camera = transform_points(lidar_to_cam, points)
-    depth = in_camera[..., 2]
-    homogeneous = in_camera @ intrinsics.transpose(-1, -2)
+    # One product for both steps: this runs on thousands of points for every camera.
+    lidar_to_pixels = intrinsics @ lidar_to_cam[..., :3, :]
+    homogeneous = transform_points(lidar_to_pixels, points)
+    depth = homogeneous[..., 2]
     return homogeneous[..., :2] / depth.clamp(min=1e-3).unsqueeze(-1), depth
 
 

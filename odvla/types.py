@@ -272,6 +272,8 @@ class AgentPredictions(TensorFields):
         Tensor, "B Q"
     ]  # query index in the previous step that became this one; -1: newborn
     heatmap: Float[Tensor, "B K H W"] | None = None  # logits that newborn queries are drawn from
+    mask: Bool[Tensor, "B Q"] | None = None  # False: an empty slot; None: every slot is in use
+    cell_codes: Float[Tensor, "B 10 H W"] | None = None  # box each cell proposes (box_code)
 
     @property
     def boxes(self) -> Tensor:

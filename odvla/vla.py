@@ -116,8 +116,13 @@ class DrivingVLA(nn.Module):
         self.tokenizer = tokenizer
         self.encoder = config.encoder.build()
         self.queries = nn.ModuleDict()
+        widths: dict[str, int] = {}
         for query_config in config.queries:
-            module = query_config.build(dim=self.encoder.dim, grid=self.encoder.grid)
+            try:
+                module = query_config.build(dim=self.encoder.dim, grid=self.encoder.grid)
+            except ValueError as error:
+                names = f"{type(query_config).__name__} with {type(config.encoder).__name__}"
+                raise UserError(f"{names}: {error}") from error
             if module.stream in self.queries:
                 raise UserError(f"two query modules make the {module.stream!r} stream")
             if module.needs == "bev" and self.encoder.grid is None:
@@ -126,11 +131,12 @@ class DrivingVLA(nn.Module):
                     f"{type(config.encoder).__name__} does not make"
                 )
             self.queries[module.stream] = module
+            widths[module.stream] = module.dim
         self.language: CausalLM = config.language.build(len(tokenizer))
         self.projectors = nn.ModuleDict(
             {
-                stream: config.projector.build(module.dim, self.language.hidden)
-                for stream, module in self.queries.items()
+                stream: config.projector.build(dim, self.language.hidden)
+                for stream, dim in widths.items()
             }
         )
 
@@ -182,7 +188,7 @@ class DrivingVLA(nn.Module):
         """
         assert batch.talk is not None
         perception, state = self._look(batch, state, blind)
-        talk, tokens = self._with_objects(batch.talk, perception)
+        talk, tokens = batch.talk, self._objects(batch.talk, perception)
         kept = (tokens != -1).nonzero()[:, 0]
         unmatched, matched = len(tokens) - len(kept), int((tokens >= 0).sum())
         if len(kept) == 0:
@@ -218,7 +224,7 @@ class DrivingVLA(nn.Module):
         perception, state = self._look(batch, state, blind)
         if batch.talk is None:  # all scenes of this group have ended, or the frame has no talk
             return Generation((), (), (), perception, state)
-        talk, tokens = self._with_objects(batch.talk, perception)
+        talk, tokens = batch.talk, self._objects(batch.talk, perception)
         kept = (tokens != -1).nonzero()[:, 0]
         answers: list[list[int]] = [[] for _ in tokens]
         if len(kept):
@@ -257,9 +263,10 @@ class DrivingVLA(nn.Module):
                 )
         return None, state
 
-    def _with_objects(self, talk: Talk, perception: Perception | None) -> tuple[Talk, Tensor]:
+    def _objects(self, talk: Talk, perception: Perception | None) -> Tensor:
+        """Track token of each conversation's object, see `match_objects`."""
         tracks = perception.tokens.get("track") if perception else None
-        return talk, match_objects(talk, tracks, self.config.object_match_m)
+        return match_objects(talk, tracks, self.config.object_match_m)
 
     def _spliced(
         self,

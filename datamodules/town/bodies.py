@@ -28,6 +28,7 @@ BODIES = {
     "bus": ("vehicle.bus.rigid", (2.7, 10.8, 3.3), 0.03, TRUCK_COLOURS, "bus"),
     "motorcycle": ("vehicle.motorcycle", (0.78, 2.1, 1.5), 0.05, CAR_COLOURS, "motorcycle"),
     "bicycle": ("vehicle.bicycle", (0.6, 1.75, 1.6), 0.04, CAR_COLOURS, "bicycle"),
+    "trailer": ("vehicle.trailer", (2.4, 8.6, 3.4), 0.05, TRUCK_COLOURS, "trailer"),
     "construction": (
         "vehicle.construction",
         (2.5, 6.4, 3.0),
@@ -38,16 +39,33 @@ BODIES = {
 }
 CONE = Body("movable_object.trafficcone", (0.42, 0.42, 0.95), (236, 110, 24), "orange", "cone")
 BARRIER = Body("movable_object.barrier", (2.3, 0.55, 1.05), (226, 80, 52), "red", "barrier")
-PEDESTRIANS = tuple(
-    Body("human.pedestrian.adult", (0.66, 0.7, height), colour, colour_name, "pedestrian")
-    for height, colour, colour_name in (
-        (1.78, (52, 58, 120), "blue"),
-        (1.7, (150, 44, 44), "red"),
-        (1.82, (40, 40, 44), "black"),
-        (1.66, (196, 186, 160), "white"),
-        (1.74, (58, 110, 66), "green"),
-    )
+# category, height, width, colour, colour's name
+_PEOPLE = (
+    ("adult", 1.78, 0.66, (52, 58, 120), "blue"),
+    ("adult", 1.7, 0.66, (150, 44, 44), "red"),
+    ("adult", 1.82, 0.7, (40, 40, 44), "black"),
+    ("adult", 1.66, 0.62, (196, 186, 160), "white"),
+    ("adult", 1.74, 0.66, (58, 110, 66), "green"),
+    ("child", 1.28, 0.5, (222, 182, 40), "yellow"),
+    ("police_officer", 1.84, 0.7, (24, 34, 84), "blue"),
 )
+PEDESTRIANS = tuple(
+    Body(f"human.pedestrian.{kind}", (width, width, height), colour, colour_name, "pedestrian")
+    for kind, height, width, colour, colour_name in _PEOPLE
+)
+PEOPLE_SHARES = (0.2, 0.18, 0.18, 0.17, 0.17, 0.08, 0.02)
+WORKER = Body(
+    "human.pedestrian.construction_worker",
+    (0.7, 0.7, 1.78),
+    (232, 132, 24),
+    "orange",
+    "construction worker",
+)
+
+
+def pick_person(rng: np.random.Generator) -> Body:
+    """Somebody on foot, most often an adult."""
+    return PEDESTRIANS[int(rng.choice(len(PEDESTRIANS), p=PEOPLE_SHARES))]
 
 
 def pick_body(kind: str, rng: np.random.Generator) -> Body:

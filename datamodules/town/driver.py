@@ -43,8 +43,7 @@ class Leader:
 
 @dataclass
 class Driver:
-    """One vehicle on its path. `s` is where its reference point is; `front_m` reaches to the
-    bumper."""
+    """One vehicle on its path; `s` is where its reference point is, `front_m` ahead the bumper."""
 
     path: Path
     s: float
@@ -65,8 +64,10 @@ class Driver:
         if self._allowed is None:
             # Backward pass once: from each point, braking gently, the bends ahead can be taken.
             allowed = np.sqrt(LATERAL_ACCEL / np.maximum(np.abs(self.path.curvature), 1e-4))
-            for i in range(len(allowed) - 2, -1, -1):
-                allowed[i] = min(allowed[i], np.sqrt(allowed[i + 1] ** 2 + 2 * BEND_BRAKE * STEP_M))
+            ahead = float("inf")
+            for i in range(len(allowed) - 1, -1, -1):
+                ahead = min(float(allowed[i]), (ahead**2 + 2 * BEND_BRAKE * STEP_M) ** 0.5)
+                allowed[i] = ahead
             self._allowed = allowed
         return float(np.interp(self.s + 0.3 * self.speed, self.path.s, self._allowed))
 

@@ -72,12 +72,15 @@ def strip(points: FloatArray, left_m: float, right_m: float) -> FloatArray:
 
 
 def rectangle(
-    centre: FloatArray, yaw: float | FloatArray, width: float, length: float
+    centre: FloatArray,
+    yaw: float | FloatArray,
+    width: float | FloatArray,
+    length: float | FloatArray,
 ) -> FloatArray:
     """Corners of a box [..., 4, 2], its length along yaw: front left, front right, back right..."""
-    yaw = np.asarray(yaw)
-    forward = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1) * length / 2
-    left = np.stack([-np.sin(yaw), np.cos(yaw)], axis=-1) * width / 2
+    yaw, half_width, half_length = (np.asarray(v) for v in (yaw, width / 2, length / 2))
+    forward = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1) * half_length[..., None]
+    left = np.stack([-np.sin(yaw), np.cos(yaw)], axis=-1) * half_width[..., None]
     corners = np.stack([forward + left, forward - left, -forward - left, -forward + left], axis=-2)
     return np.asarray(centre)[..., None, :] + corners
 

@@ -1,13 +1,14 @@
-"""Paths through the town: lanes joined into one smooth curve, with what a driver must heed along
-it."""
+"""Paths through the town: lanes joined into one smooth curve, and what is to heed along it."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 from datamodules.town.geometry import (
     FloatArray,
@@ -21,13 +22,13 @@ from datamodules.town.log import RoadMap
 
 STEP_M = 0.5
 ROUNDING_M = 2.5  # corners of the lane graph are rounded over about this length
+TURN_RAD = 0.6  # a connector that changes heading by more is a turn
 RAMP_M = 15.0  # a car swings out over this length before an obstacle, and back after it
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that stands partly in a lane: where it is along the lane and how far to swing
-    out."""
+    """Something that stands partly in a lane, where it stands, and how far to swing out."""
 
     lane: int
     at_m: float  # along the lane's centre
@@ -38,14 +39,15 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Path:
-    """A driving line sampled every STEP_M, tangent- and curvature-continuous."""
+    """A driving line sampled about every STEP_M, tangent- and curvature-continuous."""
 
     points: FloatArray  # [P, 2]
     lanes: tuple[int, ...]
     lane_start_m: FloatArray  # where each lane begins along the path
     stops: tuple[tuple[float, int], ...]  # (metres along the path, stop line id)
     crossings: tuple[tuple[float, float, int], ...]  # (from, to, crossing index)
-    swings: tuple[tuple[float, float, str], ...]  # (from, to, obstacle's name)
+    swings: tuple[tuple[float, float, str], ...]  # (beside from, beside to, obstacle's name)
+    turns: tuple[tuple[float, float, str], ...] = ()  # (from, to, "left" | "right") at junctions
 
     @cached_property
     def s(self) -> FloatArray:
@@ -71,6 +73,27 @@ class Path:
         """Points [..., 2] at distances along the path."""
         return np.stack([np.interp(s, self.s, self.points[:, i]) for i in (0, 1)], axis=-1)
 
+    def pose(self, s: float) -> tuple[float, float, float]:
+        """(x, y, yaw) at one distance along the path; much faster than the other two."""
+        index = min(max(bisect_right(self._distances, s) - 1, 0), len(self._distances) - 2)
+        near, far = self._distances[index : index + 2]
+        u = min(max((s - near) / (far - near), 0.0), 1.0)
+        before, after = self._poses[index], self._poses[index + 1]
+        x, y, yaw = (a + u * (b - a) for a, b in zip(before, after, strict=True))
+        return x, y, yaw
+
+    @cached_property
+    def _distances(self) -> list[float]:
+        return [float(s) for s in self.s]
+
+    @cached_property
+    def _poses(self) -> list[tuple[float, float, float]]:
+        """Plain numbers: indexing them one at a time is faster than indexing arrays."""
+        return [
+            (float(x), float(y), float(yaw))
+            for (x, y), yaw in zip(self.points, self.yaw, strict=True)
+        ]
+
     def heading(self, s: float | FloatArray) -> FloatArray:
         """Headings at distances along the path."""
         return np.interp(s, self.s, self.yaw)
@@ -78,6 +101,19 @@ class Path:
     def lane_at(self, s: float) -> int:
         """Lane that the path is on at a distance along it."""
         return self.lanes[int(np.searchsorted(self.lane_start_m, s, side="right")) - 1]
+
+
+def centre_line(road: RoadMap, lanes: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+    """The rounded line through the middle of the lanes [P, 2], and where each begins on it [L]."""
+    pieces, starts, total = [], [], 0.0
+    for number, lane in enumerate(lanes):
+        centre = road.lanes[lane].centre
+        starts.append(total)
+        total += float(arc_lengths(centre)[-1])
+        pieces.append(centre if number == len(lanes) - 1 else centre[:-1])
+    base = smooth(resample(np.concatenate(pieces), STEP_M), ROUNDING_M, STEP_M)
+    # Rounding shortens corners a little; keep lane positions in step with the rounded line.
+    return base, np.array(starts) * arc_lengths(base)[-1] / total
 
 
 def build_path(
@@ -91,16 +127,8 @@ def build_path(
         obstacles: of the whole scene; those on other lanes are left alone.
         left_m: constant offset from the lane centre; a bicycle keeps right with a negative one.
     """
-    pieces, starts, total = [], [], 0.0
-    for lane in lanes:
-        centre = road.lanes[lane].centre
-        starts.append(total)
-        total += float(arc_lengths(centre)[-1])
-        pieces.append(centre if lane == lanes[-1] else centre[:-1])
-    base = smooth(resample(np.concatenate(pieces), STEP_M), ROUNDING_M, STEP_M)
-    # Rounding shortens corners a little; keep lane positions in step with the rounded line.
+    base, start_m = centre_line(road, lanes)
     s = arc_lengths(base)
-    start_m = np.array(starts) * s[-1] / total
     offset = np.full(len(base), left_m)
     swings = []
     for obstacle in obstacles:
@@ -110,8 +138,10 @@ def build_path(
             away = np.maximum(np.maximum(near - s, s - far), 0.0)
             swing = obstacle.swing_m * 0.5 * (1 + np.cos(np.pi * np.clip(away / RAMP_M, 0, 1)))
             offset = np.maximum(offset, swing)
-            swings.append((near - RAMP_M, far + RAMP_M * 0.5, obstacle.name))
-    line = resample(shifted(base, offset), STEP_M) if offset.any() else base
+            swings.append((near, far, obstacle.name))
+    if swings:  # where one swing runs into the next
+        offset = gaussian_filter1d(offset, ROUNDING_M / STEP_M, mode="nearest")
+    line = shifted(base, offset)
     return Path(
         points=line,
         lanes=tuple(lanes),
@@ -119,6 +149,7 @@ def build_path(
         stops=_stops(road, lanes, start_m),
         crossings=_crossings(road, line),
         swings=tuple(sorted(swings)),
+        turns=_turns(road, lanes, start_m),
     )
 
 
@@ -149,6 +180,21 @@ def _stops(
             back = float(np.dot(centre[-1] - middle, along / np.linalg.norm(along)))
             stops.append((float(start_m[number + 1]) - back - 0.8, line))
     return tuple(stops)
+
+
+def _turns(
+    road: RoadMap, lanes: Sequence[int], start_m: FloatArray
+) -> tuple[tuple[float, float, str], ...]:
+    """Connectors that turn off at a junction with lights."""
+    turns = []
+    for number in range(1, len(lanes) - 1):
+        yaw = headings(road.lanes[lanes[number]].centre)
+        turned = float(yaw[-1] - yaw[0])
+        at_junction = road.lanes[lanes[number - 1]].stop_line is not None
+        if at_junction and abs(turned) > TURN_RAD:
+            side = "left" if turned > 0 else "right"
+            turns.append((float(start_m[number]), float(start_m[number + 1]), side))
+    return tuple(turns)
 
 
 def _crossings(road: RoadMap, line: FloatArray) -> tuple[tuple[float, float, int], ...]:

@@ -33,9 +33,20 @@ BRAKE_LIGHT_ACCEL = -0.8
 class Standing(Protocol):
     """A body that never moves."""
 
-    body: Body
-    position: FloatArray
-    yaw: float
+    @property
+    def body(self) -> Body:
+        """Kind and size."""
+        ...
+
+    @property
+    def position(self) -> FloatArray:
+        """Box centre: [2]."""
+        ...
+
+    @property
+    def yaw(self) -> float:
+        """Direction of the box's length."""
+        ...
 
 
 def record_scene(
@@ -113,8 +124,6 @@ def _vehicle_actor(vehicle: Vehicle, number: int, recording: Recording) -> Actor
     rows = np.array([step[number] for step in recording.vehicles])
     path = vehicle.driver.path
     s, speed, acceleration = (_to_ticks(rows[:, i]) for i in range(3))
-    present = s < path.length_m - 1.0
-    speed = np.where(present, speed, 0.0)
     moving = speed > MOVING_MPS
     two_wheels = vehicle.body.name in ("bicycle", "motorcycle")
     words = (
@@ -129,17 +138,33 @@ def _vehicle_actor(vehicle: Vehicle, number: int, recording: Recording) -> Actor
         colour=vehicle.body.colour,
         colour_name=vehicle.body.colour_name,
         track=Track(path.position(s), path.heading(s), speed),
-        present=present,
+        present=np.ones(TICKS, dtype=bool),
         braking=acceleration < BRAKE_LIGHT_ACCEL,
         attribute=tuple(words[0] if m else words[1] for m in moving),
-        intent=vehicle.intent,
+        intent=_vehicle_intent(path, s, speed),
     )
+
+
+def _vehicle_intent(path: Path, s: FloatArray, speed: FloatArray) -> str:
+    """What a vehicle does over the scene, in a few words for captions."""
+    if speed.max() < MOVING_MPS:
+        return "waiting in traffic"
+    for start, end, side in path.turns:
+        if s[0] < start < s[-1] and end - 3.0 < s[-1]:
+            return f"turning {side} at the junction"
+    if any(s[0] < near and far < s[-1] for near, far, _ in path.swings):
+        return "passing an obstacle"
+    if speed.min() < MOVING_MPS:
+        return "stopping and moving off again" if speed[-1] > MOVING_MPS else "coming to a stop"
+    return "following the lane"
 
 
 def _parked_actor(standing: Standing) -> Actor:
     body = standing.body
     still = np.zeros(TICKS)
-    attribute = "vehicle.parked" if body.category.startswith("vehicle") else ""
+    kind = body.category.split(".")[0]
+    attribute = {"vehicle": "vehicle.parked", "human": "pedestrian.standing"}.get(kind, "")
+    intents = {"vehicle": "parked at the kerb", "human": "working on the road"}
     return Actor(
         id=0,
         category=body.category,
@@ -150,7 +175,7 @@ def _parked_actor(standing: Standing) -> Actor:
         present=np.ones(TICKS, dtype=bool),
         braking=np.zeros(TICKS, dtype=bool),
         attribute=(attribute,) * TICKS,
-        intent="parked at the kerb" if attribute else "standing on the road",
+        intent=intents.get(kind, "standing on the road"),
     )
 
 
@@ -159,7 +184,10 @@ def _walker_actor(walker: Walker, number: int, recording: Recording) -> Actor:
     x, y = (_to_ticks(np.array([row[i] for row in rows])) for i in (0, 1))
     states = [rows[min(round(t * TICK_S / STEP_S), len(rows) - 1)][3] for t in range(TICKS)]
     speed = np.array([walker.speed if state == "walking" else 0.0 for state in states])
-    crossing = walker.crossing is not None
+    if walker.crossing is not None:
+        intent = "crossing the street" if speed.max() > 0 else "waiting to cross the street"
+    else:
+        intent = "walking along the pavement" if speed.max() > 0 else "standing on the pavement"
     return Actor(
         id=0,
         category=walker.body.category,
@@ -170,36 +198,40 @@ def _walker_actor(walker: Walker, number: int, recording: Recording) -> Actor:
         present=np.ones(TICKS, dtype=bool),
         braking=np.zeros(TICKS, dtype=bool),
         attribute=tuple("pedestrian.moving" if v > 0 else "pedestrian.standing" for v in speed),
-        intent="crossing the street" if crossing else "walking along the pavement",
+        intent=intent,
     )
 
 
 def _without_overlaps(
     ego: FloatArray, actors: list[Actor], first_standing: int, parked: int
 ) -> list[Actor]:
-    """Drop actors until no two boxes share ground; the ego car and what it swings around stay.
+    """Drop people on the pavement and cars at the kerb until no two boxes share ground.
 
-    The traffic model keeps its distance along paths; what is left to clash are rear ends that cut
-    corners.
+    Nobody reacts to those, so that leaving them out changes nothing else; bodies in traffic are
+    clear of each other already.
     """
     every = slice(None, None, 4)
     boxes = [
-        rectangle(a.track.xy[every], a.track.yaw[every], a.size_wlh[0] + 0.1, a.size_wlh[1] + 0.1)
+        rectangle(a.track.xy[every], a.track.yaw[every], a.size_wlh[0] + 0.02, a.size_wlh[1] + 0.02)
         for a in actors
     ]
-    present = [a.present[every] for a in actors]
     standing = range(first_standing, first_standing + parked)
     # Who is looked at first stays: parked bodies, then in the order of the list.
     order = [*standing, *(i for i in range(len(actors)) if i not in standing)]
     kept: list[int] = []
+    taken = [ego[every]]
     for i in order:
-        clash = bool((rectangles_overlap(ego[every], boxes[i]) & present[i]).any())
-        for j in kept:
-            both = present[i] & present[j]
-            clash = clash or bool((rectangles_overlap(boxes[i], boxes[j]) & both).any())
-        if not clash:
+        if not any(_touch(boxes[i], box) for box in taken):
             kept.append(i)
+            taken.append(boxes[i])
     return [actors[i] for i in sorted(kept)]
+
+
+def _touch(first: FloatArray, second: FloatArray) -> bool:
+    """Whether two moving boxes [K, 4, 2] ever share ground."""
+    reach = np.ptp(first[0], axis=0).sum() + np.ptp(second[0], axis=0).sum()
+    near = np.abs(first[:, 0] - second[:, 0]).sum(-1) < 2 * reach
+    return bool(near.any()) and bool(rectangles_overlap(first[near], second[near]).any())
 
 
 def _renumbered(actor: Actor, number: int) -> Actor:
@@ -208,19 +240,36 @@ def _renumbered(actor: Actor, number: int) -> Actor:
 
 def _describe(ego: EgoLog, actors: Sequence[Actor]) -> str:
     """A scene description in nuScenes' manner: a few comma-separated phrases."""
-    turned = float(ego.track.yaw[-1] - ego.track.yaw[0])
-    parts = ["Turn left" if turned > 0.9 else "turn right" if turned < -0.9 else "Drive on"]
-    if bool((ego.track.speed < 0.2).any()):
-        parts.append("wait")
-    reasons = " ".join(ego.reason)
-    for word, phrase in (
-        ("light", "traffic light"),
-        ("pedestrian", "peds crossing"),
-        ("parked truck", "pass parked truck"),
-        ("road works", "road works"),
-        ("bicycle", "bicycle ahead"),
-    ):
-        if word in reasons:
-            parts.append(phrase)
-    parts.append("dense traffic" if len(actors) > 28 else "some traffic")
-    return ", ".join(parts).capitalize()
+    words = " ".join((*ego.narration, *ego.reason))
+    intents = " ".join(actor.intent for actor in actors)
+    categories = {actor.category for actor in actors}
+    phrases = (
+        ("turning left", words, "turn left"),
+        ("turning right", words, "turn right"),
+        ("bend to the", words, "winding road"),
+        ("standing still", words, "wait"),
+        ("light ahead is", words, "traffic light"),
+        ("pedestrian is crossing", words, "peds crossing"),
+        ("crossing the street", intents, "ped on crosswalk"),
+        ("parked truck is in the way", words, "pass parked truck"),
+        ("parked bus is in the way", words, "pass parked bus"),
+        ("parked trailer is in the way", words, "pass parked trailer"),
+        ("construction site is in the way", words, "construction site"),
+        ("in front is braking", words, "follow braking vehicle"),
+        ("bicycle in front", words, "bicycle ahead"),
+        ("motorcycle in front", words, "motorcycle ahead"),
+    )
+    parts = [phrase for word, text, phrase in phrases if word in text]
+    if "peds crossing" in parts and "ped on crosswalk" in parts:
+        parts.remove("ped on crosswalk")
+    parts += [
+        phrase
+        for category, phrase in (
+            ("vehicle.bus.rigid", "bus"),
+            ("vehicle.construction", "excavator"),
+        )
+        if category in categories
+    ]
+    parts.append("dense traffic" if len(actors) > 34 else "some traffic")
+    text = ", ".join(parts)
+    return text[0].upper() + text[1:]

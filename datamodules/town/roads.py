@@ -1,5 +1,4 @@
-"""The road map of a location: a jittered grid of streets with bends, junctions, lights and
-crossings.
+"""The road map of a location: a jittered grid of bending streets with junctions and lights.
 
 Every junction of three or more streets has lights that give one approach green at a time, so that
 no two streams of cars ever cross. Streets have one or two lanes a direction and a parking strip at
@@ -39,9 +38,10 @@ PARKING_M = 1.2  # strip between the outer lane and the kerb
 WALKWAY_M = 2.6
 CROSSING_M = 3.6  # depth of a crossing along the street
 GRID_NODES = 4
+STREETS = 20  # of the 24 edges of the grid
 SPACING_M = 112.0
 MARGIN_M = 46.0
-GREEN_S, YELLOW_S, CLEARANCE_S = 7.0, 2.0, 1.0
+GREEN_S, YELLOW_S, CLEARANCE_S = 9.0, 2.0, 1.0
 LOCATIONS = (
     "singapore-onenorth",
     "singapore-hollandvillage",
@@ -52,8 +52,7 @@ LOCATIONS = (
 
 @dataclass(frozen=True)
 class Street:
-    """A street between two nodes; `centre` runs from node a to node b and stops at the
-    junctions."""
+    """A street from node a to node b; its `centre` stops short of both junctions."""
 
     a: int
     b: int
@@ -96,20 +95,20 @@ def _streets(rng: np.random.Generator, nodes: FloatArray) -> list[Street]:
         if row + 1 < GRID_NODES:
             pairs.append((i, i + GRID_NODES))
     degree = np.bincount(np.array(pairs).ravel(), minlength=len(nodes))
+    hub = (GRID_NODES + 1) * int(rng.integers(1, GRID_NODES - 1))  # keeps its four streets
+    kept = set(pairs)
     for index in rng.permutation(len(pairs)):
         a, b = pairs[index]
-        inner = min(degree[a], degree[b]) > 2
-        if inner and sum(p is not None for p in pairs) > 17:
-            pairs[index] = (-1, -1)
+        if len(kept) <= STREETS or hub in (a, b) or min(degree[a], degree[b]) == 2:
+            continue
+        if _connected(kept - {(a, b)}):
+            kept.remove((a, b))
             degree[[a, b]] -= 1
-        if sum(p != (-1, -1) for p in pairs) <= 18:
-            break
-    kept = [pair for pair in pairs if pair != (-1, -1)]
     radius = {node: 15.0 if degree[node] > 2 else 11.0 for node in range(len(nodes))}
     streets = []
-    for a, b in kept:
+    for a, b in sorted(kept):
         lanes = 2 if rng.random() < 0.3 else 1
-        centre = _winding(rng, nodes[a], nodes[b])
+        centre = _winding(rng, nodes[a], nodes[b], lanes)
         s = arc_lengths(centre)
         reach_a = radius[a] + (LANE_WIDTH_M if lanes == 2 else 0.0)
         reach_b = radius[b] + (LANE_WIDTH_M if lanes == 2 else 0.0)
@@ -120,19 +119,31 @@ def _streets(rng: np.random.Generator, nodes: FloatArray) -> list[Street]:
     return streets
 
 
-def _winding(rng: np.random.Generator, start: FloatArray, end: FloatArray) -> FloatArray:
+def _connected(pairs: set[tuple[int, int]]) -> bool:
+    """Whether every node of the grid can be reached from the first."""
+    reached = {0}
+    for _ in range(GRID_NODES**2):
+        reached |= {node for pair in pairs if reached & set(pair) for node in pair}
+    return len(reached) == GRID_NODES**2
+
+
+def _winding(
+    rng: np.random.Generator, start: FloatArray, end: FloatArray, lanes: int
+) -> FloatArray:
     """A smooth street between two nodes, straight where it meets them: [P, 2] every metre."""
     along = end - start
     length = float(np.linalg.norm(along))
     along = along / length
     left = np.array([-along[1], along[0]])
-    bend = rng.choice([-1.0, 1.0]) * rng.uniform(0.0, 15.0)
+    # A wide street needs wider bends, or its inner kerb would fold over.
+    most = 0.13 * length * (0.75 if lanes == 2 else 1.0)
+    bend = rng.choice([-1.0, 1.0]) * rng.uniform(0.0, most)
     if rng.random() < 0.5:  # an S
         knots = [
             (0.0, 0.0),
             (0.24, 0.0),
-            (0.42, bend * 0.6),
-            (0.6, -bend * 0.6),
+            (0.42, bend * 0.5),
+            (0.6, -bend * 0.5),
             (0.78, 0.0),
             (1, 0),
         ]

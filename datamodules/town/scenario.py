@@ -8,22 +8,33 @@ people on crossings, parked trucks and road works to swing around, turns at junc
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from datamodules.town.bodies import BARRIER, CONE, PEDESTRIANS, pick_body
+from datamodules.town.bodies import BARRIER, CONE, WORKER, pick_body, pick_person
 from datamodules.town.driver import Driver
-from datamodules.town.geometry import FloatArray, arc_lengths, headings, normals
+from datamodules.town.geometry import FloatArray, arc_lengths, headings, normals, rectangle
 from datamodules.town.log import RoadMap, SceneLog, TrafficLight
-from datamodules.town.paths import Obstacle, Path, build_path, random_route
+from datamodules.town.paths import Obstacle, Path, build_path, centre_line, random_route
 from datamodules.town.recorder import record_scene
 from datamodules.town.roads import LANE_WIDTH_M, PARKING_M
-from datamodules.town.traffic import KERB_M, WALK_MPS, Body, Traffic, Vehicle, Walker
+from datamodules.town.traffic import (
+    KERB_M,
+    WALK_MPS,
+    Body,
+    Recording,
+    Traffic,
+    Vehicle,
+    Walker,
+)
 
 WARM_UP_S = 4.0
 DURATION_S = 20.0
 ROUTE_M = 270.0
+USUAL_MPS = 5.8  # what one gets through the town at, bends and all
 REAR_AXLE_TO_CENTRE_M = 1.44
 EGO_BODY = Body("vehicle.car", (1.73, 4.084, 1.56), (230, 230, 230), "white", "car")
 EGO_FRONT_M = REAR_AXLE_TO_CENTRE_M + EGO_BODY.size_wlh[1] / 2
@@ -58,13 +69,13 @@ def simulate_scene(road: RoadMap, name: str, index: int, seed: int) -> SceneLog:
     lights = _lights(road, path, start, rng)
     ego = Vehicle(
         EGO_BODY,
-        Driver(path, start, 4.0, EGO_FRONT_M, keenness=float(rng.uniform(0.9, 1.05))),
+        Driver(path, start, 4.0, EGO_FRONT_M),
         centre_m=REAR_AXLE_TO_CENTRE_M,
     )
     vehicles = [ego, *_leaders(path, start, rng)]
     vehicles += _others(road, path, start, vehicles, obstacles, rng)
     walkers = _walkers(road, path, start, rng)
-    recording = Traffic(road, lights, vehicles, walkers).run(WARM_UP_S, DURATION_S)
+    recording = _drive(road, lights, vehicles, walkers, parked)
     return record_scene(
         road=replace(road, lights=lights),
         name=name,
@@ -79,21 +90,46 @@ def simulate_scene(road: RoadMap, name: str, index: int, seed: int) -> SceneLog:
     )
 
 
+def _drive(
+    road: RoadMap,
+    lights: Sequence[TrafficLight],
+    vehicles: list[Vehicle],
+    walkers: list[Walker],
+    parked: list[Parked],
+) -> Recording:
+    """Run the traffic; whoever touches somebody is taken out of the lists, and all starts anew.
+
+    Leaving a body out of the log alone would not do: others have reacted to it already.
+    """
+    standing = [rectangle(p.position, p.yaw, *p.body.size_wlh[:2]) for p in parked]
+    boxes = np.array(standing).reshape(-1, 4, 2)
+    while True:
+        fresh = [replace(vehicle, driver=copy(vehicle.driver)) for vehicle in vehicles]
+        traffic = Traffic(road, lights, fresh, [copy(walker) for walker in walkers], boxes)
+        recording = traffic.run(WARM_UP_S, DURATION_S)
+        if recording.clash is None:
+            return recording
+        if recording.clash < len(vehicles):
+            del vehicles[recording.clash]
+        else:
+            del walkers[recording.clash - len(vehicles)]
+
+
 def _route(road: RoadMap, rng: np.random.Generator) -> tuple[int, ...]:
-    """Of some random routes, one with much to steer for in its first 160 m."""
+    """Of some random routes, one with bends, turns and lights in its first 170 m."""
     streets = [lane for lane in road.lanes if not lane.is_connector]
     candidates = []
     for _ in range(12):
         lane = streets[int(rng.integers(len(streets)))]
         route = random_route(road, lane.id, ROUTE_M, rng)
-        path = build_path(road, route)
-        if path.length_m < ROUTE_M - 20:
-            continue
-        near = path.s < 170
-        steering = float(np.abs(np.diff(path.yaw[near])).sum())
-        candidates.append((min(steering, 4.0) + rng.uniform(0, 1.5), route))
-    if not candidates:
-        raise ValueError(f"no route of {ROUTE_M} m on the map of {road.location}")
+        line, begins = centre_line(road, route)
+        steering = float(np.abs(np.diff(headings(line[arc_lengths(line) < 170]))).sum())
+        # A light or two that the ego car gets to within the scene.
+        lit = sum(
+            road.lanes[lane].stop_line is not None and 40 < end < 130
+            for lane, end in zip(route, begins[1:], strict=False)
+        )
+        candidates.append((min(steering, 4.0) + 0.8 * lit + rng.uniform(0, 1.5), route))
     return max(candidates)[1]
 
 
@@ -103,6 +139,7 @@ def _obstacles(
     """Parked trucks and cars, and road works, at the kerb of the ego car's route."""
     parked: list[Parked] = []
     obstacles: list[Obstacle] = []
+    crossings = np.array([polygon.mean(0) for polygon in road.ped_crossings])
     at = float(rng.uniform(34, 62))
     while at < path.length_m - 40:
         lane = path.lane_at(at)
@@ -111,12 +148,21 @@ def _obstacles(
         length = float(arc_lengths(centre)[-1])
         outer = road.lanes[lane].right_neighbour is None
         if not road.lanes[lane].is_connector and outer and 16 < along < length - 22:
-            kind = rng.choice(["truck", "car", "works", "bus"], p=[0.42, 0.25, 0.2, 0.13])
+            kind = rng.choice(
+                ["truck", "car", "works", "bus", "trailer"], p=[0.4, 0.22, 0.22, 0.1, 0.06]
+            )
+            body = pick_body(str(kind), rng) if kind != "works" else BARRIER
+            place = centre[round(along)]
+            bend = float(np.abs(np.interp(at + np.arange(-8, 9), path.s, path.curvature)).max())
+            sagitta = body.size_wlh[1] ** 2 * bend / 8
+            on_crossing = np.linalg.norm(crossings - place, axis=1).min() < body.size_wlh[1] / 2 + 4
+            if sagitta > 0.3 or on_crossing:
+                at += 6.0  # a long body would reach far into a bend; nobody parks on a crossing
+                continue
             if kind == "works":
                 parked += _road_works(centre, lane, along)
-                obstacles.append(Obstacle(lane, along, 5.0, 1.15, "the road works"))
+                obstacles.append(Obstacle(lane, along, 5.0, 1.15, "a construction site"))
             else:
-                body = pick_body(str(kind), rng)
                 parked.append(_park(body, centre, lane, along))
                 swing = 1.0 + (body.size_wlh[0] - 2.5) if kind != "car" else 0.5
                 half = body.size_wlh[1] / 2
@@ -170,6 +216,7 @@ def _road_works(centre: FloatArray, lane: int, along_m: float) -> list[Parked]:
         (0.0, 1.75, BARRIER),
         (2.0, 1.0, CONE),
         (3.8, 1.9, CONE),
+        (2.4, 2.5, WORKER),
     ):
         index = round(along_m + ahead)
         position = centre[index] - normals(centre)[index] * right
@@ -180,17 +227,16 @@ def _road_works(centre: FloatArray, lane: int, along_m: float) -> list[Parked]:
 def _lights(
     road: RoadMap, path: Path, start: float, rng: np.random.Generator
 ) -> tuple[TrafficLight, ...]:
-    """Set the lights so that the ego car meets green often and never waits through a whole
-    cycle."""
+    """Set the lights so that the ego car meets green often and never waits for long."""
     lights = list(road.lights)
-    arrival_s, last = 0.0, start
+    arrival_s, last = -WARM_UP_S, start
     for at, line in path.stops:
         number = road.stop_lines[line].light
         if number is None or at < start:
             continue
-        arrival_s += (at - last) / 7.0
+        arrival_s += (at - last) / USUAL_MPS
         last = at
-        wait_s = float(rng.uniform(2.0, 7.0)) if rng.random() < 0.5 else float(rng.uniform(-5, 0))
+        wait_s = float(rng.uniform(1.0, 5.0)) if rng.random() < 0.5 else float(rng.uniform(-5, 0))
         shift = -(arrival_s + wait_s) - lights[number].offset_s
         # All lights of a junction move together: their turns stay in order.
         centre = lights[number].position[:2]
@@ -208,7 +254,7 @@ def _leaders(path: Path, start: float, rng: np.random.Generator) -> list[Vehicle
     """Vehicles ahead on the ego car's own route that slow down and start again at times."""
     vehicles = []
     gap = float(rng.uniform(9, 34))
-    for number in range(int(rng.choice([0, 1, 2], p=[0.2, 0.5, 0.3]))):
+    for number in range(int(rng.choice([0, 1, 2], p=[0.35, 0.45, 0.2]))):
         kind = str(
             rng.choice(
                 ["car", "truck", "bus", "motorcycle", "bicycle"], p=[0.6, 0.16, 0.08, 0.1, 0.06]
@@ -219,10 +265,10 @@ def _leaders(path: Path, start: float, rng: np.random.Generator) -> list[Vehicle
         moods = []
         t = float(rng.uniform(0.5, 6)) if number == 0 else 99.0
         while t < DURATION_S:
-            slow = float(rng.choice([0.0, 2.0, 4.0], p=[0.45, 0.25, 0.3]))
-            lasting = float(rng.uniform(2.0, 4.5))
+            slow = float(rng.choice([0.0, 2.0, 4.0], p=[0.3, 0.35, 0.35]))
+            lasting = float(rng.uniform(1.5, 3.5))
             moods.append((t, t + lasting, slow))
-            t += lasting + float(rng.uniform(3.0, 7.0))
+            t += lasting + float(rng.uniform(3.5, 8.0))
         driver = Driver(
             path,
             s,
@@ -255,10 +301,12 @@ def _others(
         and np.linalg.norm(lane.centre[:, None] - way[None, ::8], axis=-1).min() < 45
     ]
     found: list[Vehicle] = []
-    for _ in range(90):
+    for _ in range(120):
         if len(found) >= wanted:
             break
         lane = near[int(rng.integers(len(near)))]
+        if lane in path.lanes and rng.random() < 0.65:
+            continue  # queues in front of the ego car are seldom, or all it would do is wait
         kind = str(
             rng.choice(
                 ["car", "truck", "bus", "motorcycle", "bicycle", "construction"],
@@ -266,12 +314,14 @@ def _others(
             )
         )
         body = pick_body(kind, rng)
-        route = random_route(road, lane, 260.0, rng)
-        line = build_path(road, route, obstacles, left_m=-0.9 if kind == "bicycle" else 0.0)
-        s = float(rng.uniform(4, max(5.0, len(road.lanes[lane].centre) - 14)))
-        position = line.position(s)
+        centre = road.lanes[lane].centre
+        s = float(rng.uniform(4, max(5.0, len(centre) - 14)))
+        position = centre[min(round(s), len(centre) - 1)]
         if min(float(np.linalg.norm(position - other)) for other in taken) < 15:
             continue
+        # Long enough for the whole scene, so that nobody arrives at its end.
+        route = random_route(road, lane, 330.0, rng)
+        line = build_path(road, route, obstacles, left_m=-0.9 if kind == "bicycle" else 0.0)
         half = body.size_wlh[1] / 2
         keen = 0.45 if kind == "bicycle" else float(rng.uniform(0.75, 1.05))
         found.append(Vehicle(body, Driver(line, s, 4.0, half, keenness=keen)))
@@ -283,7 +333,7 @@ def _walkers(road: RoadMap, path: Path, start: float, rng: np.random.Generator) 
     """People on the pavements, and some who cross when the ego car comes."""
     walkers = []
     for enter, _, crossing in path.crossings:
-        if enter < start + 14 or rng.random() > 0.42:
+        if enter < start + 14 or rng.random() > 0.6:
             continue
         polygon = road.ped_crossings[crossing]
         middle = polygon.mean(0)
@@ -295,12 +345,11 @@ def _walkers(road: RoadMap, path: Path, start: float, rng: np.random.Generator) 
             aside = np.array([-over[1], over[0]]) / np.linalg.norm(over) * (person - 0.5) * 1.2
             walkers.append(
                 Walker(
-                    body=PEDESTRIANS[int(rng.integers(len(PEDESTRIANS)))],
+                    body=pick_person(rng),
                     start=middle - reach + aside,
                     end=middle + reach + aside,
                     speed=WALK_MPS * float(rng.uniform(0.85, 1.25)),
                     crossing=crossing,
-                    trigger_m=float(rng.uniform(17, 30)),
                     state="waiting",
                 )
             )
@@ -329,7 +378,7 @@ def _strollers(road: RoadMap, path: Path, start: float, rng: np.random.Generator
             straight = ends[0] + line * (ends[1] - ends[0])
             if len(between) < 8 or np.linalg.norm(straight - between, axis=1).max() > 0.9:
                 continue
-            body = PEDESTRIANS[int(rng.integers(len(PEDESTRIANS)))]
+            body = pick_person(rng)
             speed = float(rng.choice([0.0, 1.2, 1.4], p=[0.25, 0.4, 0.35]))
             walkers.append(Walker(body, chord[0], chord[1], speed * rng.uniform(0.9, 1.1)))
     return walkers

@@ -6,6 +6,7 @@ are known here, because a text must not speak of what no sensor of the car can s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +30,7 @@ LOOK_AHEAD_M = 45.0  # road, lights and crossings are spoken of this far ahead
 STEP_M = 1.0  # lane centres are sampled about this finely
 BEND_RAD = 0.3  # heading change over BEND_M of road that is called a bend
 BEND_M = 30.0
-OWN_LANE_M = 1.5  # a centre this close to our way stands in it
+OWN_LANE_M = 1.8  # a centre this close to our way stands in it
 BESIDE_LANE_M = 2.6  # nearer than this, a parked body or a cone narrows our lane
 MOVING_MPS = 0.3
 
@@ -116,11 +117,8 @@ class FrameFacts:
     @property
     def leader(self) -> Thing | None:
         """The nearest vehicle on our way ahead that takes part in the traffic."""
-        way = [t for t in self.things if t.place == "our lane" and t.name not in NOT_TRAFFIC]
-        return min(way, key=lambda t: t.ahead_m or 0.0, default=None)
-
-
-NOT_TRAFFIC = ("pedestrian", "traffic cone", "barrier")
+        ahead = [(t.ahead_m, t) for t in self.things if t.place == "our lane" and t.ahead_m]
+        return min(ahead, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def to_lidar(log: SceneLog, tick: int, points: FloatArray) -> FloatArray:
@@ -134,8 +132,8 @@ def to_lidar(log: SceneLog, tick: int, points: FloatArray) -> FloatArray:
 
 def sector_of(x_m: float, y_m: float) -> str:
     """Direction of an offset (x right, y forward), one of SECTORS."""
-    leftward = np.arctan2(-x_m, y_m)  # 0 ahead, left positive
-    return SECTORS[int(np.floor((leftward + np.pi / 6) / (np.pi / 3))) % 6]
+    leftward = math.atan2(-x_m, y_m)  # 0 ahead, left positive
+    return SECTORS[math.floor((leftward + math.pi / 6) / (math.pi / 3)) % 6]
 
 
 def wrap(angle: float | FloatArray) -> FloatArray:
@@ -340,7 +338,7 @@ class SceneFacts:
                         lane,
                         lanes[row],
                         areas[row],
-                    ),  # fmt: skip
+                    ),
                     ahead_m=ahead,
                 )
             )

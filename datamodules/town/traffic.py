@@ -9,13 +9,15 @@ from typing import Literal
 import numpy as np
 
 from datamodules.town.driver import LOOK_AHEAD_M, Driver, Hold, Leader
-from datamodules.town.geometry import FloatArray
+from datamodules.town.geometry import FloatArray, rectangle, rectangles_overlap
 from datamodules.town.log import RoadMap, TrafficLight
 
 STEP_S = 0.1
 WALK_MPS = 1.5
 YELLOW_BRAKE = 3.0  # who would have to brake harder than this drives on
 KERB_M = 0.9  # people wait this far from the kerb
+STEP_OUT_M = 26.0  # people step onto a crossing when the ego car is this near
+ROOM_M = 0.12  # boxes closer than this count as touching
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Vehicle:
     body: Body
     driver: Driver
     centre_m: float = 0.0
-    intent: str = "following the lane"
 
 
 @dataclass
@@ -48,7 +49,6 @@ class Walker:
     end: FloatArray  # [2]
     speed: float
     crossing: int | None = None
-    trigger_m: float = 0.0  # starts when the ego's front is this close to the crossing
     walked: float = 0.0
     state: Literal["waiting", "walking", "done"] = "walking"
 
@@ -75,6 +75,7 @@ class Recording:
     vehicles: list[list[tuple[float, float, float]]] = field(default_factory=list)  # s, v, a
     reasons: list[tuple[str, str]] = field(default_factory=list)  # of the ego car
     walkers: list[list[tuple[float, float, float, str]]] = field(default_factory=list)
+    clash: int | None = None  # body that got into another's way, and that ended the recording
 
 
 class Traffic:
@@ -86,21 +87,35 @@ class Traffic:
         lights: Sequence[TrafficLight],
         vehicles: list[Vehicle],
         walkers: list[Walker],
+        standing: FloatArray,
     ) -> None:
+        """Take everybody in their first state, and the boxes that never move [P, 4, 2]."""
         self.road = road
         self.lights = lights
         self.vehicles = vehicles
         self.walkers = walkers
-        self._half = np.array([vehicle.body.size_wlh[0] / 2 for vehicle in vehicles])
-        self._length = np.array([vehicle.body.size_wlh[1] for vehicle in vehicles])
+        self.standing = standing
+        sizes = np.array([vehicle.body.size_wlh for vehicle in vehicles])
+        self._half = sizes[:, 0] / 2
+        self._length = sizes[:, 1]
 
     def run(self, warm_up_s: float, duration_s: float) -> Recording:
-        """Drive; the warm-up is not recorded, so that nobody starts from an invented state."""
+        """Drive, and stop at the first clash.
+
+        The warm-up is not recorded, so that nobody starts from an invented state.
+
+        Returns:
+            Rows for every step so far. `clash` counts through the vehicles and then the walkers.
+        """
         recording = Recording()
         steps = round((warm_up_s + duration_s) / STEP_S)
         for step in range(steps + 1):
             t_s = step * STEP_S - warm_up_s
-            self._decide(t_s, step)
+            centre, yaw = self._poses()
+            recording.clash = self._clash(centre, yaw)
+            if recording.clash is not None:
+                return recording
+            self._decide(t_s, step, centre, yaw)
             if t_s >= -1e-9:
                 recording.vehicles.append(
                     [(v.driver.s, v.driver.speed, v.driver.acceleration) for v in self.vehicles]
@@ -113,8 +128,7 @@ class Traffic:
             self._walk()
         return recording
 
-    def _decide(self, t_s: float, step: int) -> None:
-        centre, yaw = self._poses()
+    def _decide(self, t_s: float, step: int, centre: FloatArray, yaw: FloatArray) -> None:
         speed = np.array([vehicle.driver.speed for vehicle in self.vehicles])
         for number, vehicle in enumerate(self.vehicles):
             if number and (step + number) % 2:
@@ -125,14 +139,36 @@ class Traffic:
 
     def _poses(self) -> tuple[FloatArray, FloatArray]:
         """Box centres [V, 2] and yaws [V]."""
-        centre = np.empty((len(self.vehicles), 2))
-        yaw = np.empty(len(self.vehicles))
-        for number, vehicle in enumerate(self.vehicles):
-            driver = vehicle.driver
-            yaw[number] = driver.path.heading(driver.s)
-            ahead = np.array([np.cos(yaw[number]), np.sin(yaw[number])]) * vehicle.centre_m
-            centre[number] = driver.path.position(driver.s) + ahead
-        return centre, yaw
+        poses = np.array([vehicle.driver.path.pose(vehicle.driver.s) for vehicle in self.vehicles])
+        ahead = np.array([vehicle.centre_m for vehicle in self.vehicles])
+        yaw = poses[:, 2]
+        direction = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
+        return poses[:, :2] + ahead[:, None] * direction, yaw
+
+    def _clash(self, centre: FloatArray, yaw: FloatArray) -> int | None:
+        """The body that is to go because it touches another: of two vehicles, the later one."""
+        count = len(self.vehicles)
+        people = [i for i, walker in enumerate(self.walkers) if walker.crossing is not None]
+        boxes = [rectangle(centre, yaw, 2 * self._half + ROOM_M, self._length + ROOM_M)]
+        for i in people:
+            walker = self.walkers[i]
+            boxes.append(rectangle(walker.position, walker.yaw, *walker.body.size_wlh[:2])[None])
+        every = np.concatenate([*boxes, self.standing])
+        middle = every.mean(1)
+        reach = np.linalg.norm(every[:, 0] - middle, axis=-1)
+        apart = np.linalg.norm(middle[:count, None] - middle[None], axis=-1)
+        first, second = np.nonzero(apart < reach[:count, None] + reach[None])
+        later = second > first
+        first, second = first[later], second[later]
+        touching = rectangles_overlap(every[first], every[second])
+        for a, b in zip(first[touching], second[touching], strict=True):
+            if b < count:
+                return int(b)
+            if a:
+                return int(a)
+            if b < count + len(people):
+                return count + people[b - count]
+        return None
 
     def _leader(
         self, number: int, centre: FloatArray, yaw: FloatArray, speed: FloatArray
@@ -141,11 +177,12 @@ class Traffic:
         driver = self.vehicles[number].driver
         path = driver.path
         first = int(np.searchsorted(path.s, driver.s))
-        last = int(np.searchsorted(path.s, driver.s + driver.front_m + LOOK_AHEAD_M))
+        look_m = min(LOOK_AHEAD_M, 14.0 + 5.0 * driver.speed)
+        last = int(np.searchsorted(path.s, driver.s + driver.front_m + look_m))
         way = path.points[first:last:2]
         if len(way) < 2:
             return None
-        others = np.flatnonzero(np.linalg.norm(centre - centre[number], axis=1) < LOOK_AHEAD_M + 12)
+        others = np.flatnonzero(np.linalg.norm(centre - centre[number], axis=1) < look_m + 14)
         others = others[others != number]
         if not len(others):
             return None
@@ -196,7 +233,7 @@ class Traffic:
 
     def _someone_on(self, driver: Driver, crossing: int, span: tuple[float, float]) -> bool:
         """Whether a person on the crossing has not yet passed our path."""
-        here = driver.path.position(np.mean(span))
+        here = driver.path.position(sum(span) / 2)
         for walker in self.walkers:
             if walker.crossing == crossing and walker.state == "walking":
                 direction = (walker.end - walker.start) / walker.length_m
@@ -213,7 +250,7 @@ class Traffic:
                 for enter, _, crossing in ego.path.crossings:
                     gap = enter - front
                     stoppable = ego.speed**2 / (2 * 2.6) + 2.0
-                    if crossing == walker.crossing and stoppable < gap < walker.trigger_m:
+                    if crossing == walker.crossing and stoppable < gap < STEP_OUT_M:
                         walker.state = "walking"
             elif walker.state == "walking":
                 walker.walked += walker.speed * STEP_S

@@ -1,8 +1,10 @@
 """A small BEVFormer: BEV queries gather image features where their pillars project to.
 
-BEVFormer's three steps a layer (Li et al. 2022): temporal self-attention reads the current and the
-previous BEV, spatial cross-attention reads the cameras, a feed-forward network mixes. What is unusual:
+BEVFormer's three steps a layer (Li et al. 2022): spatial cross-attention reads the cameras,
+temporal self-attention reads the current and the previous BEV, a feed-forward network mixes.
+Unusual here:
 
+- The cameras come before the past: with few layers, queries then know what they look for in it.
 - The previous BEV stays as it is; each cell looks at the place where it was in the previous frame
   (exact for any ego motion), instead of at a rotated and shifted copy.
 - Only (camera, pillar) pairs where the camera sees the pillar are computed: all cameras of all rows
@@ -30,11 +32,10 @@ from odvla.encoders.image_backbone import (
     ResidualBlock,
     conv,
 )
+from odvla.encoders.pillars import PillarView, in_tall, places_before, tall_image, view_pillars
 from odvla.encoders.protocol import EncoderState, fake_frames
 from odvla.ops.deformable_attention import deformable_attention, ring_offsets
 from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
-
-NEAREST_M = 0.3  # points closer to a camera's plane than this are not seen
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,20 @@ class DeformableBEVConfig:
     """Sizes of DeformableBEV; the defaults are for learning within minutes on two CPU cores."""
 
     backbone: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
-    dim: int = 64
+    dim: int = 48
     x_min_m: float = -32.0
     y_min_m: float = -32.0
     cell_m: float = 2.0
     rows: int = 32
     columns: int = 32
-    strides: tuple[int, ...] = (4, 8)  # image levels the pillars read and the scene sampler gets
+    strides: tuple[int, ...] = (4,)  # image levels the pillars read and the scene sampler gets
     # Lidar frame; the lidar hangs 1.84 m above the road.
     heights_m: tuple[float, ...] = (-1.84, -1.2, -0.4, 0.6)
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
     spatial_points: int = 2  # a head and image level
     temporal_points: int = 1  # a head and BEV
-    bev_blocks: int = 1  # residual blocks on the finished BEV
+    bev_blocks: int = 2  # residual blocks on the finished BEV
     ray_embedding: bool = True  # tell image features where in space their pixel looks
     can_bus: bool = False  # BEVFormer adds CAN bus values to the queries; it leaks the ego's speed
 
@@ -90,50 +91,6 @@ class DeformableBEVConfig:
         return fake_frames(batch, seed=seed, step=step)
 
 
-@dataclass(frozen=True)
-class PillarView:
-    """Which camera sees which pillar where: V pairs, found once a frame and used by every layer."""
-
-    pillar: Tensor  # [V] row * Q + pillar
-    camera: Tensor  # [V] row * N + camera
-    uv: Tensor  # [V, Z, 2] fractions of the image, one a height
-    share: Tensor  # [V, 1] 1 / number of cameras that see the same pillar
-
-
-def view_pillars(
-    pillars: Tensor, cameras: Cameras, image_size: tuple[int, int], queries: int
-) -> PillarView:
-    """Project pillar points into every camera and keep the visible pairs.
-
-    Args:
-        pillars: [Q * Z, 3] metres, lidar frame, heights fastest.
-        cameras: calibration of B rows.
-        image_size: width, height in pixels.
-        queries: Q.
-
-    Returns:
-        The pairs where at least one height lies inside the image and in front of the camera.
-    """
-    rows, number = cameras.intrinsics.shape[:2]
-    # Not in half precision, whatever the model runs in: bf16 moves points by several pixels.
-    with torch.autocast(pillars.device.type, enabled=False):
-        pixels, depth = geometry.project(
-            pillars, cameras.lidar_to_cam.float(), cameras.intrinsics.float()
-        )
-        uv = pixels / pixels.new_tensor(image_size)  # B, N, Q*Z, 2
-    inside = (depth > NEAREST_M) & (uv > 0).all(-1) & (uv < 1).all(-1)
-    seen = inside.view(rows, number, queries, -1).any(-1)  # B, N, Q
-    row, camera, pillar = seen.nonzero(as_tuple=True)
-    picked = uv.view(rows * number * queries, -1, 2)[(row * number + camera) * queries + pillar]
-    # Points behind the camera project to anywhere; keep them finite and outside.
-    return PillarView(
-        pillar=row * queries + pillar,
-        camera=row * number + camera,
-        uv=picked.clamp(-1, 2),
-        share=1 / seen.sum(1)[row, pillar].unsqueeze(-1).float(),
-    )
-
-
 class TemporalAttention(nn.Module):
     """Each cell reads the current and the previous BEV around where it is and where it was."""
 
@@ -142,8 +99,8 @@ class TemporalAttention(nn.Module):
         self.heads, self.points = config.heads, config.temporal_points
         samples = config.heads * 2 * config.temporal_points  # A, (current, previous), P
         self.value = nn.Conv2d(config.dim, config.dim, 1)
-        self.offsets = nn.Linear(2 * config.dim, samples * 2)
-        self.weights = nn.Linear(2 * config.dim, samples)
+        self.offsets = nn.Linear(config.dim, samples * 2)
+        self.weights = nn.Linear(config.dim, samples)
         self.out = nn.Linear(config.dim, config.dim)
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
@@ -165,10 +122,10 @@ class TemporalAttention(nn.Module):
             [B, C, H, W].
         """
         batch, channels, rows, columns = query.shape
-        both = torch.cat([query + positions, previous], 1).flatten(2).transpose(1, 2)  # B, Q, 2C
+        asking = (query + positions).flatten(2).transpose(1, 2)  # B, Q, C
         shape = (batch, rows * columns, self.heads, 2, self.points)
-        offsets = self.offsets(both).float().view(*shape, 2)
-        weights = self.weights(both).float().view(*shape[:3], -1).softmax(-1).view(shape)
+        offsets = self.offsets(asking).float().view(*shape, 2)
+        weights = self.weights(asking).float().view(*shape[:3], -1).softmax(-1).view(shape)
         locations = where[:, :, None, :, None] + offsets / offsets.new_tensor([columns, rows])
         values = self.value(torch.cat([query, previous])).float().chunk(2)
         read = self.out(deformable_attention(values, locations, weights))  # B, Q, C
@@ -178,12 +135,13 @@ class TemporalAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Each pillar reads the cameras that see it, around its projected points; the mean of them."""
 
+    anchor: Tensor
+
     def __init__(self, config: DeformableBEVConfig) -> None:
         super().__init__()
         self.heads, self.levels = config.heads, len(config.strides)
         self.points, heights = config.spatial_points, len(config.heights_m)
         samples = self.heads * self.levels * self.points
-        self.value = nn.ModuleList(nn.Conv2d(config.dim, config.dim, 1) for _ in config.strides)
         self.offsets = nn.Linear(config.dim, samples * 2)
         self.weights = nn.Linear(config.dim, samples)
         self.out = nn.Linear(config.dim, config.dim)
@@ -202,7 +160,7 @@ class SpatialAttention(nn.Module):
 
         Args:
             query: [B, C, H, W].
-            levels: L maps [B * N, C, h, w].
+            levels: L maps from tall_image; a head reads its channels.
             view: who sees whom.
 
         Returns:
@@ -216,47 +174,36 @@ class SpatialAttention(nn.Module):
         weights = self.weights(flat).float().view(len(flat), self.heads, -1).softmax(-1)
         weights = weights.index_select(0, view.pillar).view(shape)
         start = view.uv[:, self.anchor].view(pairs, self.heads, self.points, 2)
-        values, locations = [], []
-        for level, project in enumerate(self.value):
-            value = project(levels[level]).float()
-            size = value.new_tensor(value.shape[:1:-1])  # w, h
-            uv = start + offsets[:, :, level] / size
-            values.append(_tall(value))
-            locations.append(_in_tall(uv, view.camera, len(value), value.shape[-2]))
+        locations = []
+        for level, value in enumerate(levels):
+            height, width = value.shape[-2] // view.images - 1, value.shape[-1]
+            uv = start + offsets[:, :, level] / start.new_tensor([width, height])
+            locations.append(in_tall(uv, view.camera, view.images, height))
         read = deformable_attention(
-            values, torch.stack(locations, 2).unsqueeze(0), weights.unsqueeze(0)
+            levels, torch.stack(locations, 2).unsqueeze(0), weights.unsqueeze(0)
         )  # 1, V, C
         read = self.out(read.squeeze(0) * view.share)
         gathered = read.new_zeros(len(flat), channels).index_add(0, view.pillar, read)
         return gathered.view(batch, rows * columns, channels).transpose(1, 2).reshape(query.shape)
 
 
-def _tall(images: Tensor) -> Tensor:
-    """Images [I, C, h, w] below one another, a row of zeros after each: [1, C, I * (h + 1), w]."""
-    padded = F.pad(images, (0, 0, 0, 1))
-    return padded.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+@dataclass(frozen=True)
+class Past:
+    """The previous BEV of B rows, and how to find today's cells in it."""
 
-
-def _in_tall(uv: Tensor, image: Tensor, images: int, height: int) -> Tensor:
-    """Where fractions [V, A, P, 2] of images [V] lie in the tall image, as fractions of it.
-
-    What leaves its image above or below meets a row of zeros, never a neighbour's pixels.
-    """
-    row = (uv[..., 1] * height - 0.5).clamp(-1, height)
-    tall = (image.view(-1, 1, 1) * (height + 1) + row + 0.5) / (images * (height + 1))
-    return torch.stack([uv[..., 0], tall], -1)
+    bev: Tensor  # [B, C, H, W]
+    known: Tensor  # bool [B]; False: a scene starts here
+    where: Tensor  # [B, Q, 2, 2] (x, y) fractions of today's BEV and of the previous one
 
 
 class BEVLayer(nn.Module):
-    """Temporal attention, spatial attention, convolution; each added and normalised."""
+    """Spatial attention, temporal attention, convolution; each added and normalised."""
 
     def __init__(self, config: DeformableBEVConfig) -> None:
         super().__init__()
-        self.temporal = TemporalAttention(config)
         self.spatial = SpatialAttention(config)
-        self.mix = nn.Sequential(
-            conv(config.dim, config.dim), nn.Conv2d(config.dim, config.dim, 1)
-        )
+        self.temporal = TemporalAttention(config)
+        self.mix = nn.Sequential(conv(config.dim, config.dim), nn.Conv2d(config.dim, config.dim, 1))
         groups = config.dim // 8
         self.norms = nn.ModuleList(nn.GroupNorm(groups, config.dim) for _ in range(3))
 
@@ -264,14 +211,15 @@ class BEVLayer(nn.Module):
         self,
         bev: Tensor,
         positions: Tensor,
-        previous: Tensor,
-        where: Tensor,
         levels: tuple[Tensor, ...],
         view: PillarView,
+        past: Past,
     ) -> Tensor:
-        """See TemporalAttention and SpatialAttention; [B, C, H, W] in and out."""
-        bev = self.norms[0](bev + self.temporal(bev, positions, previous, where))
-        bev = self.norms[1](bev + self.spatial(bev + positions, levels, view))
+        """See SpatialAttention and TemporalAttention; [B, C, H, W] in and out."""
+        bev = self.norms[0](bev + self.spatial(bev + positions, levels, view))
+        # Rows without a past read the present twice, as BEVFormer does.
+        previous = torch.where(past.known[:, None, None, None], past.bev, bev)
+        bev = self.norms[1](bev + self.temporal(bev, positions, previous, past.where))
         return self.norms[2](bev + self.mix(bev))
 
 
@@ -326,9 +274,10 @@ class DeformableBEV(nn.Module):
         bev = self.bev_queries.expand(batch, -1, -1, -1)
         if self.can_bus is not None:
             bev = bev + self.can_bus(frames.can_bus)[:, :, None, None]
-        previous, where = self._previous(frames, state, bev)
+        past = self._past(frames, state)
+        tall = tuple(tall_image(level.float()) for level in levels)
         for layer in self.layers:
-            bev = layer(bev, self.positions, previous, where, levels, view)
+            bev = layer(bev, self.positions, tall, view, past)
         bev = self.refine(bev).permute(0, 2, 3, 1)  # B, H, W, C
         features = SceneFeatures(
             levels=tuple(level.unflatten(0, (batch, cameras)) for level in levels),
@@ -339,7 +288,7 @@ class DeformableBEV(nn.Module):
         return features, EncoderState(bev, frames.lidar_to_global, valid)
 
     def _image_levels(self, frames: Frames) -> tuple[Tensor, ...]:
-        batch, cameras, _, height, width = frames.images.shape
+        height, width = frames.images.shape[-2:]
         levels = self.neck(self.backbone(frames.images.flatten(0, 1)))
         if self.ray is None:
             return levels
@@ -363,22 +312,15 @@ class DeformableBEV(nn.Module):
             place = geometry.invert_rigid(to_cam)[:, None, :3, 3].expand_as(rays)
         return torch.cat([rays, place], -1).unflatten(1, (rows, columns))
 
-    def _previous(
-        self, frames: Frames, state: EncoderState | None, bev: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The previous BEV [B, C, H, W], and where each cell lies in both BEVs [B, Q, 2, 2].
-
-        Rows without a past read the fresh queries twice, as BEVFormer does.
-        """
-        now = geometry.to_bev_unit(self.grid, self.centres).expand(len(bev), -1, -1)
+    def _past(self, frames: Frames, state: EncoderState | None) -> Past:
+        rows = len(frames.scene_start)
+        now = geometry.to_bev_unit(self.grid, self.centres).expand(rows, -1, -1)
         if state is None:
-            return bev, torch.stack([now, now], 2)
+            nothing = self.positions.new_zeros(rows, *self.positions.shape[1:])
+            known = torch.zeros_like(frames.scene_start)
+            return Past(nothing, known, torch.stack([now, now], 2))
         known = state.valid & ~frames.scene_start
-        to_previous = geometry.relative_transform(frames.lidar_to_global, state.lidar_to_global)
-        flat = F.pad(self.centres, (0, 1)).expand(len(bev), -1, -1)
-        moved = geometry.transform_points(to_previous, flat)[..., :2]
-        before = geometry.to_bev_unit(self.grid, moved)
-        # clamp: where() would still hand non-finite positions of unknown rows to the gradient
+        before = places_before(self.grid, frames.lidar_to_global, state.lidar_to_global)
+        # The bound keeps places of rows from elsewhere finite for the gradient of where().
         before = torch.where(known[:, None, None], before.clamp(-4, 5), now)
-        past = state.bev.permute(0, 3, 1, 2).to(bev.dtype)
-        return torch.where(known[:, None, None, None], past, bev), torch.stack([now, before], 2)
+        return Past(state.bev.permute(0, 3, 1, 2), known, torch.stack([now, before], 2))

@@ -1,7 +1,7 @@
 """A few-layer convolutional image backbone and its feature pyramid.
 
-GroupNorm throughout: it keeps no running statistics, so freezing the backbone freezes all of it, and
-a row's features do not depend on the other rows of its batch.
+GroupNorm throughout: it keeps no running statistics, so freezing the backbone freezes all of it,
+and a row's features do not depend on the other rows of its batch.
 
 Shape legend: I images, C channels, h x w pixels.
 """
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-# ImageNet's pixel statistics (RGB, 0..255): the usual ones, so that pretrained weights could follow.
+# ImageNet's pixel statistics (RGB, 0..255), so that pretrained weights could follow.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 GROUP_SIZE = 8  # channels a GroupNorm group
@@ -26,8 +25,8 @@ GROUP_SIZE = 8  # channels a GroupNorm group
 class ImageBackboneConfig:
     """A stem at stride 2 and one stage for each of the strides 4, 8, 16, ..."""
 
-    widths: tuple[int, ...] = (16, 32, 64, 96)  # channels of the stem and of each stage
-    blocks: tuple[int, ...] = (1, 1, 1)  # residual blocks of each stage
+    widths: tuple[int, ...] = (16, 24, 48, 64)  # channels of the stem and of each stage
+    blocks: tuple[int, ...] = (0, 1, 1)  # residual blocks of each stage
 
     def __post_init__(self) -> None:
         """Check the lengths.
@@ -55,8 +54,11 @@ class ImageBackboneConfig:
         return ImageBackbone(self)
 
 
-def conv(channels_in: int, channels_out: int, kernel: int = 3, **settings: object) -> ConvModule:
-    """Convolution, GroupNorm and (unless act_cfg=None) ReLU, at the input's size over its stride."""
+def conv(channels_in: int, channels_out: int, kernel: int = 3, **settings: object) -> nn.Module:
+    """Convolution, GroupNorm and, unless act_cfg=None, ReLU."""
+    # Imported late: mmcv takes as long to import as torch, and reading a config needs neither.
+    from mmcv.cnn import ConvModule
+
     return ConvModule(
         channels_in,
         channels_out,
@@ -135,9 +137,7 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Maps [I, C_s, h_s, w_s] to the chosen ones as [I, dim, h_s, w_s], fine to coarse."""
-        merged = [
-            lateral(x) for lateral, x in zip(self.laterals, maps[self.first :], strict=True)
-        ]
+        merged = [lateral(x) for lateral, x in zip(self.laterals, maps[self.first :], strict=True)]
         for level in range(len(merged) - 2, -1, -1):
             coarser = F.interpolate(merged[level + 1], merged[level].shape[-2:], mode="nearest")
             merged[level] = merged[level] + coarser

@@ -97,7 +97,7 @@ def fake_frames(
         ),
         lidar_to_global=pose,
         timestamp_s=torch.full((batch,), 0.5 * step, dtype=torch.float64),
-        can_bus=torch.zeros(batch, 18),
+        can_bus=torch.randn(batch, 18, generator=generator),
         scene_start=torch.full((batch,), step == 0),
         sample_tokens=tuple(f"fake-{row}-{step}" for row in range(batch)),
     )

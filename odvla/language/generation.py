@@ -17,7 +17,6 @@ from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced
 
 
-@torch.no_grad()
 def generate_greedy(
     language: CausalLM,
     prompts: Spliced,
@@ -39,14 +38,34 @@ def generate_greedy(
         New ids of each row.
 
     Raises:
-        UserError: prompt and answer together are longer than the model's context.
+        UserError: prompt and answer together are longer than the model's context, or the model
+            computes NaN.
     """
-    G, S, _ = prompts.embeds.shape
+    S = prompts.embeds.shape[1]
     if max_new_tokens + S > language.max_positions:
         raise UserError(
             f"a prompt of {S} tokens and {max_new_tokens} new ones exceed the language model's "
             f"{language.max_positions} positions"
         )
+    training = language.training
+    language.eval()  # gradient checkpointing, where it is on, would keep the cache empty
+    try:
+        rows = _decode(language, prompts, end_id, max_new_tokens, grammar)
+    finally:
+        language.train(training)
+    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+@torch.no_grad()
+def _decode(
+    language: CausalLM,
+    prompts: Spliced,
+    end_id: int,
+    max_new_tokens: int,
+    grammar: Grammar | None,
+) -> list[list[int]]:
+    """New ids of each row; a finished row is filled up with end_id."""
+    G, S, _ = prompts.embeds.shape
     choose = _Choice(language, grammar, G)
     cache = DynamicCache(config=language.model.config)
     embeds, positions = prompts.embeds, prompts.position_ids
@@ -68,8 +87,7 @@ def generate_greedy(
             break
         embeds = language.embed(tokens)[:, None]
         positions = positions[:, -1:] + 1
-    rows = torch.stack(written, dim=1).tolist()
-    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+    return torch.stack(written, dim=1).tolist()
 
 
 class _Choice:
@@ -85,13 +103,21 @@ class _Choice:
             self.state = torch.full((rows,), grammar.start, device=device)
             # Only these rows of the head can win; with Qwen's 150 thousand that is most of a step.
             self.weight = self.head.weight[self.token_ids]
+            self.bias = None if self.head.bias is None else self.head.bias[self.token_ids]
 
     def __call__(self, states: Tensor) -> Tensor:
         """Token ids [G] for hidden states [G, D]."""
         if self.grammar is None:
-            return self.head(states).float().argmax(-1)
-        logits = F.linear(states, self.weight).float()  # [G, K]
+            return _checked(self.head(states)).argmax(-1)
+        logits = _checked(F.linear(states, self.weight, self.bias))  # [G, K]
         followers = self.next_state[self.state]  # [G, K]
         best = logits.masked_fill(followers < 0, -torch.inf).argmax(-1)  # [G]
         self.state = followers.gather(1, best[:, None])[:, 0]
         return self.token_ids[best]
+
+
+def _checked(logits: Tensor) -> Tensor:
+    """The logits in fp32; NaN, which argmax would take for the best, is refused."""
+    if logits.isnan().any():
+        raise UserError("the language model's logits are NaN: its weights or its inputs are broken")
+    return logits.float()

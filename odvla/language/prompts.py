@@ -163,8 +163,8 @@ def _fields_of(line: str) -> frozenset[str]:
 @lru_cache
 def _read_wording(name: str) -> Wording:
     """Read and check a dialect file."""
-    shipped = Path(__file__).with_name(f"{name}.yaml")
-    path = shipped if "/" not in name and shipped.is_file() else Path(name).expanduser()
+    shipped = Path(__file__).parent / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name).expanduser()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -188,7 +188,7 @@ def _checked(content: Any, path: Path) -> Wording:
     if not isinstance(content, dict) or set(content) != set(types):
         raise UserError(f"dialect {path} must hold the entries {', '.join(types)} and no others")
     for key, expected in types.items():
-        if not isinstance(content[key], expected):
+        if not isinstance(content[key], (float, int) if expected is float else expected):
             raise UserError(f"dialect {path}: {key} must be a {expected.__name__}")
     lines, requests = content["lines"], content["requests"]
     for name, line in lines.items():
@@ -203,9 +203,7 @@ def _checked(content: Any, path: Path) -> Wording:
                 raise UserError(f"dialect {path}: request {kind!r} uses unknown line {name!r}")
     answer = content["answers"].get("caption_object")
     if _line_fields(path, "caption_object", answer) != {"caption", "x", "y"}:
-        raise UserError(
-            f"dialect {path}: answer caption_object must have {{caption}}, {{x}}, {{y}}"
-        )
+        raise UserError(f"dialect {path}: answer caption_object must tell caption, x and y")
     return Wording(
         system=content["system"],
         lines=lines,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odvla.types import IGNORE_INDEX, SLOT_IDS, Talk, TokenSet
+from odvla.types import IGNORE_INDEX, SLOT_IDS, AgentPredictions, Talk, TokenSet
 
 SLOT_OF_STREAM = {
     "scene": SLOT_IDS["<SCENE>"],
@@ -55,7 +55,7 @@ def match_objects(talk: Talk, tracks: TokenSet | None, max_distance_m: float) ->
     unmatched = torch.where(has_object, -1, -2)
     if tracks is None or tracks.feats.shape[1] == 0 or not has_object.any():
         return unmatched
-    assert tracks.predictions is not None
+    assert isinstance(tracks.predictions, AgentPredictions)
     assert tracks.query_index is not None
     rows = tracks.query_index.clamp(min=0)[..., None].expand(-1, -1, 2)
     centres = tracks.predictions.boxes[..., :2].detach().float().gather(1, rows)  # [B, N, 2]

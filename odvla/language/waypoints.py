@@ -28,8 +28,21 @@ _POINT = rf"\(({_NUMBER}),({_NUMBER})\)"
 _FUTURE_POINT = rf"\((?:({_NUMBER}),({_NUMBER})|{UNKNOWN},{UNKNOWN})\)"
 _PLAN = re.compile(re.escape(TRAJ_START) + r"\[(.*)\]" + re.escape(TRAJ_END))
 _FUTURE = re.compile(r"\[(.*)\]")
-# The lenient reader looks for pairs of plain decimals, with or without brackets and spaces.
-_LOOSE_POINT = re.compile(r"\(?\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*\)?")
+# What the released evaluation mends before it looks for pairs, in its order; inferred from what it
+# makes of 87 malformed texts.
+_REPAIRS = (
+    (r"[A-Za-z]+", ""),
+    (r"\[", "("),
+    (r"\]", ")"),
+    (r"\.{2,}", "."),  # 1..5 is 1.5
+    (r"(\d+\.\d+)\.(\d+)", r"\1\2"),  # 1.5.2 is 1.52
+    (r"\.-", "."),
+    (r"(\d+\.\d+)-(\d+\.\d+)", r"\1,\2"),  # a dash or space instead of a comma
+    (r"(\d+\.\d+)\s+(\d+\.\d+)", r"\1,\2"),
+    (r"\s+", ""),
+    (r"(\d+\.\d+,\d+\.\d+),\d+\.\d+", r"\1"),  # a third coordinate
+)
+_LOOSE_POINT = re.compile(r"\(([-+.\d]+),([-+.\d]+)\)")
 
 
 @dataclass(frozen=True)
@@ -120,16 +133,18 @@ def _parse_points(text: str, point: str) -> Waypoints | ParseFailure:
 
 
 def reference_repair(text: str) -> Waypoints | ParseFailure:
-    """Read whatever holds pairs of numbers, as the released evaluation does in spirit.
+    """Read and mend a text as the released evaluation does.
 
-    The bracketed part is used (all of the text where there is none); a short list is filled up with
-    its last point and a long one cut. The released code stops the whole evaluation where it finds
-    no pair; here that is a ParseFailure.
+    A short list of points is filled up with its last one and a long one cut. Where the released
+    code stops the whole evaluation (no pair at all, a malformed number), this is a ParseFailure.
     """
-    start, end = text.find("["), text.rfind("]")
-    body = text[start + 1 : end if end > start else None] if start >= 0 else text
-    pairs = [(float(x), float(y)) for x, y in _LOOSE_POINT.findall(body)][:WAYPOINTS]
+    for pattern, replacement in _REPAIRS:
+        text = re.sub(pattern, replacement, text)
+    try:
+        pairs = [(float(x), float(y)) for x, y in _LOOSE_POINT.findall(text)]
+    except ValueError:
+        return ParseFailure("a number is malformed")
     if not pairs:
         return ParseFailure("no pair of numbers")
-    pairs += [pairs[-1]] * (WAYPOINTS - len(pairs))
+    pairs = (pairs + [pairs[-1]] * WAYPOINTS)[:WAYPOINTS]
     return Waypoints(np.array(pairs), np.ones(WAYPOINTS, dtype=bool))

@@ -28,7 +28,7 @@ def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: T
     Returns:
         [B, Q, N * E].
     """
-    batch, queries, heads, levels, points, _ = locations.shape
+    batch, queries, heads, levels = locations.shape[:4]
     assert len(values) == levels
     grids = locations.permute(3, 0, 2, 1, 4, 5).mul(2).sub(1).flatten(1, 2)  # L, B*N, Q, P, 2
     head_weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)  # L, B*N, 1, Q, P

@@ -120,11 +120,23 @@ def test_streets_bend_in_many_radii_and_have_one_or_two_lanes(road: RoadMap) -> 
             fine = smooth(resample(lane.centre, 0.5), 2.5, 0.5)
             bend = np.abs(np.gradient(headings(fine))) / 0.5
             radii.append(1 / max(bend.max(), 1e-4))
-    assert min(radii) > 7.0
+    assert min(radii) > 12.0
     assert np.percentile(radii, 90) / np.percentile(radii, 10) > 2
     assert any(lane.left_neighbour is not None for lane in road.lanes)
     alone = [a for a in road.lanes if a.left_neighbour is None and a.right_neighbour is None]
     assert alone
+
+
+def test_there_are_junctions_of_three_and_four_arms() -> None:
+    arms: set[int] = set()
+    for location in LOCATIONS:
+        road = build_road_map(location, 0)
+        lines = [Point(line.polygon.mean(0)) for line in road.stop_lines]
+        junctions = [Polygon(outline) for outline, is_junction in road.road_segments if is_junction]
+        counts = [sum(area.distance(line) < 9 for line in lines) for area in junctions]
+        assert 4 in counts  # every map has its hub
+        arms |= set(counts)
+    assert arms == {3, 4}
 
 
 def test_same_seed_gives_the_same_map() -> None:

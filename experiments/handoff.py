@@ -1,0 +1,180 @@
+"""What a finished stage leaves: its weights, its tokenizer, and a card that vouches for them.
+
+<run>/<stage>/vla.safetensors    all parameters and buffers
+<run>/<stage>/tokenizer/         the vocabulary that the weights belong to
+<run>/<stage>/card.json          written last: a stage without a card is not finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.schema import STAGES
+from odvla.config import flat
+from odvla.errors import UserError
+from odvla.weights import file_sha256, load_weights, write_atomically
+
+log = logging.getLogger(__name__)
+WEIGHTS, CARD, TOKENIZER = "vla.safetensors", "card.json", "tokenizer"
+FORMAT = 1
+_WHOLE_FILE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where weights come from and what was done to them."""
+
+    experiment: str
+    stage: str
+    config: dict[str, Any]  # the whole experiment, as a tree
+    stage_hash: str  # of the settings this stage depends on
+    git_commit: str
+    data_fingerprint: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    parent_stage: str | None
+    parent_card_sha256: str | None
+    seed: int
+    steps: int
+    seconds: float
+    trained: dict[str, int]  # component -> parameters trained
+    frozen_before: dict[str, str]  # SHA-256 of every frozen parameter and buffer
+    frozen_after: dict[str, str]
+    metrics: dict[str, float]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Finish a stage."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        write_atomically(folder / CARD, text.encode())
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a stage's folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise UserError(f"{folder} holds no handoff: {path} does not exist")
+    try:
+        content = json.loads(path.read_text())
+        card = Card(**content)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"the card {path} cannot be read: {error}") from error
+    if card.format != FORMAT or card.stage not in STAGES:
+        raise UserError(
+            f"the card {path} is of format {card.format} and stage {card.stage!r}, which this "
+            "version does not know"
+        )
+    return card
+
+
+def card_sha256(folder: Path) -> str:
+    """Identity of a finished stage."""
+    return file_sha256(folder / CARD)
+
+
+def check_handoff(folder: Path, stage: str) -> Card:
+    """The card of a handoff that `stage` is to start from; its files are intact.
+
+    Raises:
+        UserError: a file is missing or has changed, or the handoff comes from a later stage.
+    """
+    card = read_card(folder)
+    if STAGES.index(card.stage) >= STAGES.index(stage):
+        raise UserError(
+            f"stage {stage} cannot start from {folder}, which stage {card.stage} wrote: the order "
+            f"is {', '.join(STAGES)}"
+        )
+    check_files(folder, card)
+    return card
+
+
+def check_files(folder: Path, card: Card) -> None:
+    """Compare a handoff's files with its card.
+
+    Raises:
+        UserError: naming the file that is missing or differs.
+    """
+    for path, expected in (
+        (folder / WEIGHTS, card.weights_sha256),
+        (folder / TOKENIZER / "tokenizer.json", card.tokenizer_sha256),
+    ):
+        if not path.is_file():
+            raise UserError(f"the handoff file {path} does not exist")
+        if file_sha256(path) != expected:
+            raise UserError(
+                f"{path} is not the file that {folder / CARD} vouches for (its SHA-256 differs)"
+            )
+
+
+def load_handoff(folder: Path, stage: str, vla: Any, model_tree: dict[str, Any]) -> Card:
+    """Fill the model with the weights that `stage` starts from.
+
+    Args:
+        folder: a finished stage.
+        stage: the one that continues.
+        vla: the model.
+        model_tree: its config; settings that differ from the handoff's are logged.
+
+    Raises:
+        UserError: see check_handoff; or the weights do not fit the model.
+    """
+    card = check_handoff(folder, stage)
+    load_weights(vla, folder / WEIGHTS)
+    before, now = flat(card.config.get("model", {})), flat(model_tree)
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        log.warning(
+            "the handoff %s was made with another model config: %s",
+            folder,
+            ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed),
+        )
+    return card
+
+
+def git_commit() -> str:
+    """Commit of the source tree, "-dirty" with changes, "unknown" outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "HEAD", folder=here)
+        changed = _git("status", "--porcelain", "--untracked-files=no", folder=here)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def data_fingerprint(root: Path, version: str, language: Path | None = None) -> str:
+    """Identity of a data root: names and sizes of all tables and texts, content of small ones.
+
+    Args:
+        root: the data root.
+        version: of the tables.
+        language: folder of the language data sets; None: <root>/language.
+    """
+    digest = hashlib.sha256(version.encode())
+    for folder in (root / version, root / "maps", language or root / "language"):
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file():
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

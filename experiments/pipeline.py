@@ -1,0 +1,159 @@
+"""The pipeline: stages in order, finished ones skipped, interrupted ones continued, like make.
+
+    <runs>/<experiment>/config.yaml    what was asked for
+    <runs>/<experiment>/<stage>/       see stage_run.py and handoff.py
+    <runs>/<experiment>/table.md, results.json, pictures/
+
+With several processes (trainer.devices > 1) every one of them runs this code; the first writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments.evaluation import evaluate
+from experiments.handoff import (
+    CARD,
+    TOKENIZER,
+    card_sha256,
+    check_handoff,
+    data_fingerprint,
+    git_commit,
+    read_card,
+)
+from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
+from experiments.sample_pictures import draw_predictions
+from experiments.schema import STAGES, ExperimentConfig
+from experiments.stage_run import StageRun, Workshop, is_first_process
+from experiments.tracking import Tracker
+from odvla.config import config_hash, dump, flat
+from odvla.errors import UserError
+from odvla.language.tokenizer import ChatTokenizer
+from odvla.weights import write_atomically
+
+log = logging.getLogger(__name__)
+EVALUATED = "evaluated.json"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An experiment that is ready to go through its stages; `open_pipeline` makes one."""
+
+    shop: Workshop
+    stages: tuple[str, ...]  # to go through, in order
+    parent: Path | None  # handoff that the first of them starts from
+
+    def fit(self) -> None:
+        """Train what is not trained yet.
+
+        Raises:
+            UserError: data, config or a handoff is not usable; the sentence names it.
+        """
+        shop = self.shop
+        if is_first_process():
+            write_atomically(shop.folder / "config.yaml", dump(shop.config).encode())
+        tags = {"seed": shop.config.seed, "git_commit": git_commit()}
+        shop.tracker.start(flat(shop.config), {"experiment": shop.config.name, **tags})
+        parent = self.parent
+        for stage in self.stages:
+            run = StageRun(shop, stage, parent)
+            if run.is_finished():
+                log.info("stage %s: finished before, skipped", stage)
+            else:
+                self._guarded(run)
+            parent = run.folder
+
+    def _guarded(self, run: StageRun) -> None:
+        try:
+            run.run()
+        except BaseException as error:
+            self.shop.tracker.close("", error)
+            raise
+
+    def test(self) -> None:
+        """Predict again with every finished stage's weights.
+
+        Raises:
+            UserError: no stage is finished, or a handoff is damaged.
+        """
+        done = self.finished()
+        if not done:
+            raise UserError(f"no stage is finished in {self.shop.folder}; run fit first")
+        for stage in done:
+            log.info("stage %s: predicting", stage)
+            StageRun(self.shop, stage, None).test()
+        (self.shop.folder / EVALUATED).unlink(missing_ok=True)
+
+    def finished(self) -> list[str]:
+        """Stages that have a card."""
+        return [stage for stage in self.stages if (self.shop.folder / stage / CARD).is_file()]
+
+    def report(self, console: Console) -> None:
+        """Evaluate the predictions, print the tables, write and track them; draw pictures.
+
+        Does nothing new where the same stages were evaluated before.
+        """
+        if not is_first_process():
+            return
+        shop, stages = self.shop, self.finished()
+        made_from = {stage: card_sha256(shop.folder / stage) for stage in stages}
+        made_from["baseline"] = config_hash(shop.config.baseline)
+        note = shop.folder / EVALUATED
+        if note.is_file() and json.loads(note.read_text()) == made_from:
+            console.print(Markdown((shop.folder / "table.md").read_text()))
+            return
+        data = data_module(shop.config, stages[-1], shop.tokenizer)
+        with console.status("evaluating"):
+            report = evaluate(shop.config.name, data, shop.folder, stages, shop.config.baseline)
+        report.print(console)
+        report.write(shop.folder)
+        with console.status("drawing"):
+            pictures = draw_predictions(data, shop.folder, shop.config.pictures)
+        for stage, numbers in report.numbers.items():
+            shop.tracker.log_numbers(stage, numbers)
+        shop.tracker.log_numbers("", report.numbers)
+        names = ("table.md", "results.json", "config.yaml")
+        shop.tracker.log_files("", *(shop.folder / name for name in names), *pictures)
+        shop.tracker.close("")
+        write_atomically(note, json.dumps(made_from, indent=1).encode())
+
+
+def open_pipeline(
+    config: ExperimentConfig, runs: Path, parent: Path | None = None, *, progress: bool = True
+) -> Pipeline:
+    """Make data, tokenizer and model ready.
+
+    Args:
+        config: the experiment.
+        runs: folder of all runs.
+        parent: a finished stage's folder to start from; stages up to that one are left out.
+        progress: show progress bars.
+
+    Raises:
+        UserError: the data or the parent's handoff is not usable.
+    """
+    stages = config.run
+    if parent is not None:
+        first = STAGES.index(read_card(parent).stage) + 1
+        stages = tuple(stage for stage in stages if STAGES.index(stage) >= first)
+        if not stages:
+            raise UserError(f"no stage of run ({', '.join(config.run)}) comes after {parent}")
+        check_handoff(parent, stages[0])
+    folder, main = runs / config.name, is_first_process()
+    config = prepare_data(config, progress=progress and main)
+    language = Path(config.data.language_root) if config.data.language_root else None
+    fingerprint = data_fingerprint(config.data.folder, config.data.version, language)
+    if parent is not None:
+        tokenizer = ChatTokenizer.load(parent / TOKENIZER)
+    else:
+        tokenizer = kept_tokenizer(config, folder / TOKENIZER, fingerprint, write=main)
+    vla = build_model(config, tokenizer)
+    tracker = Tracker(folder, runs, config.name, active=main)
+    shop = Workshop(config, folder, fingerprint, tokenizer, vla, tracker, progress and main)
+    return Pipeline(shop, stages, parent)

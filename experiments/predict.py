@@ -1,0 +1,100 @@
+"""Ask a trained model about one sample: its plan, or the answer to a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datamodules.conversations import LanguageDataModule
+from experiments.handoff import CARD, TOKENIZER, WEIGHTS, check_files, read_card
+from experiments.pictures import draw_scene, save_picture
+from experiments.prepare import build_model, data_module
+from experiments.sample_pictures import MIN_SCORE, full_size_frame, scene_picture
+from experiments.schema import ExperimentConfig
+from odvla.errors import UserError
+from odvla.language.grammar import plan_grammar
+from odvla.language.tokenizer import ChatTokenizer
+from odvla.language.waypoints import ParseFailure, parse_waypoints
+from odvla.weights import load_weights
+from stages.planning import PlanningStageConfig
+
+MAX_CLIP = 40  # key-frames before the sample that the model may look at first
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said about a sample."""
+
+    text: str
+    waypoints: list[list[float]] | None  # [6][2] metres; None for an answer, or an unreadable plan
+    picture: Path
+    stage: str  # whose weights were used
+
+
+def predict(
+    config: ExperimentConfig,
+    run: Path,
+    sample_token: str,
+    question: str | None = None,
+    picture: Path | None = None,
+) -> Prediction:
+    """Plan, or answer, at one sample of the data root.
+
+    Args:
+        config: the experiment; its data root may be another than it was trained on.
+        run: its run folder, with at least one finished stage.
+        sample_token: of any key-frame of the root.
+        question: None: a plan is wanted.
+        picture: where to; None: into the run folder.
+
+    Raises:
+        UserError: nothing is trained yet, the handoff is damaged, or there is no such sample.
+    """
+    stage, folder = _last_stage(config, run)
+    check_files(folder, read_card(folder))
+    tokenizer = ChatTokenizer.load(folder / TOKENIZER)
+    data = data_module(config, "planning", tokenizer)
+    assert isinstance(data, LanguageDataModule)
+    clip_length = min(data.index.frame(sample_token).position, MAX_CLIP) + 1
+    conversation = (
+        data.plan_request(sample_token)
+        if question is None
+        else data.question(sample_token, question)
+    )
+    batch = data.frame(sample_token, (conversation,), clip_length=clip_length)
+    vla = build_model(config, tokenizer)
+    load_weights(vla, folder / WEIGHTS)
+    vla.eval()
+    settings = config.stages.planning or PlanningStageConfig()
+    grammar = plan_grammar(tokenizer) if question is None and settings.constrained else None
+    with torch.inference_mode():
+        found = vla.generate(batch, grammar=grammar, max_new_tokens=settings.max_new_tokens)
+    text = found.texts[0]
+    plan = parse_waypoints(text) if question is None else ParseFailure("not a plan")
+    waypoints = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
+    boxes = None
+    if found.perception is not None and found.perception.agent_steps:
+        agents = found.perception.agent_steps[-1]
+        used = agents.scores[0] >= MIN_SCORE
+        if agents.mask is not None:
+            used &= agents.mask[0]
+        boxes = agents.boxes[0][used].tolist()
+    path = picture or run / "pictures" / f"{sample_token}.png"
+    drawn = scene_picture(
+        full_size_frame(data, sample_token),
+        data.config.grid.extent_m,
+        plan=waypoints,
+        boxes=boxes,
+        title=f"{sample_token}  {question or ''}",
+    )
+    save_picture(draw_scene(drawn), path)
+    return Prediction(text, waypoints, path, stage)
+
+
+def _last_stage(config: ExperimentConfig, run: Path) -> tuple[str, Path]:
+    for stage in reversed(config.run):
+        if (run / stage / CARD).is_file():
+            return stage, run / stage
+    raise UserError(f"no stage is finished in {run}; run fit first")

@@ -1,0 +1,137 @@
+"""From a config to the things a stage needs: data root, tokenizer, model, data module."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from datamodules.conversations import LanguageDataModule
+from datamodules.nuscenes import NuScenesDataModule
+from experiments.schema import ExperimentConfig, TownSettings
+from odvla.config import to_tree
+from odvla.errors import UserError
+from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
+from odvla.vla import DrivingVLA
+from odvla.weights import write_atomically
+
+log = logging.getLogger(__name__)
+MADE_FOR = "made_for.json"
+
+
+def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> ExperimentConfig:
+    """Settle on a data root: the given one, or a town inside it, made if it is not there.
+
+    Returns:
+        The config with data.root set.
+
+    Raises:
+        UserError: the given root holds no data of the version, and the experiment has no town.
+    """
+    root = config.data.folder
+    if not (root / config.data.version).is_dir() and config.town is not None:
+        root = root / config.town.folder_name
+        if not (root / config.data.version).is_dir():
+            make_town_at(root, config.town, progress=progress)
+    if not root.is_dir():
+        raise UserError(f"the data root {root} does not exist")
+    return replace(config, data=replace(config.data, root=str(root)))
+
+
+def make_town_at(root: Path, town: TownSettings, *, progress: bool = True) -> Path:
+    """Generate a town with a progress bar."""
+    from datamodules.town.make import TownConfig, make_town
+
+    settings = TownConfig(
+        out=root,
+        scenes=town.scenes,
+        image_size=town.image_size,
+        seed=town.seed,
+        workers=town.workers,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), disable=not progress) as bar:
+        task = bar.add_task(f"making {root.name}", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return make_town(settings, progress=advance)
+
+
+def data_module(
+    config: ExperimentConfig, stage: str, tokenizer: ChatTokenizer | None
+) -> NuScenesDataModule:
+    """A stage's data module."""
+    encoder_grid = getattr(config.model.encoder, "grid", None)
+    own = config.data.of_stage(stage, config.seed, encoder_grid)
+    if stage == "perception":
+        return own.build(tokenizer)
+    return own.build(tokenizer, config.dialect)
+
+
+def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
+    """The vocabulary of a pretrained language model, or one learned from the training texts.
+
+    Raises:
+        UserError: the folder has no tokenizer, or a data file is missing.
+    """
+    settings = config.tokenizer
+    if settings.pretrained is not None:
+        return ChatTokenizer.load(settings.pretrained)
+
+    def texts() -> Iterator[str]:
+        for stage in config.run:
+            module = data_module(config, stage, None)
+            if isinstance(module, LanguageDataModule):
+                yield from islice(module.texts("train"), settings.max_texts)
+
+    return train_tokenizer(texts(), settings.vocab_size)
+
+
+def kept_tokenizer(
+    config: ExperimentConfig, folder: Path, fingerprint: str, *, write: bool
+) -> ChatTokenizer:
+    """The tokenizer in `folder` if it was made for the same settings and data, or a new one.
+
+    Args:
+        config: the experiment.
+        folder: where it is kept.
+        fingerprint: of the data root.
+        write: keep a new one.
+    """
+    made_for = json.dumps(
+        {
+            "tokenizer": to_tree(config.tokenizer),
+            "dialect": to_tree(config.dialect),
+            "run": list(config.run),
+            "data": fingerprint,
+        },
+        sort_keys=True,
+    )
+    note = folder / MADE_FOR
+    if note.is_file() and note.read_text() == made_for:
+        return ChatTokenizer.load(folder)
+    tokenizer = build_tokenizer(config)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+        write_atomically(note, made_for.encode())
+    return tokenizer
+
+
+def build_model(config: ExperimentConfig, tokenizer: ChatTokenizer) -> DrivingVLA:
+    """The model with its first weights, which depend on the experiment's seed alone."""
+    model = config.model
+    if config.trainer.gradient_checkpointing:
+        language = replace(model.language, gradient_checkpointing=True)
+        model = replace(model, language=language)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return model.build(tokenizer)

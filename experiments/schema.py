@@ -1,0 +1,236 @@
+"""What an experiment is: one frozen dataclass that composes the configs of all parts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.agent_trajectories import AgentTrajectoriesConfig
+from datamodules.alignment import AlignmentConfig
+from datamodules.gpt_driver import GPTDriverConfig
+from datamodules.mixture import MixtureConfig
+from datamodules.nuscenes import NuScenesDataConfig
+from experiments.baselines import EgoMLPConfig
+from odvla.config import config_hash, to_tree
+from odvla.errors import UserError
+from odvla.language.prompts import Dialect
+from odvla.types import BevGrid
+from odvla.vla import VLAConfig
+from stages.alignment import AlignmentStageConfig
+from stages.base import StageConfig
+from stages.instruction import InstructionStageConfig
+from stages.interaction import InteractionStageConfig
+from stages.language import LanguageStageConfig
+from stages.perception import PerceptionStageConfig
+from stages.planning import PlanningStageConfig
+
+# In the order they are run in; each starts from what the one before it hands over.
+STAGES = ("language", "perception", "alignment", "instruction", "interaction", "planning")
+# Settings that say how a result is computed, not what it is: changing one retrains nothing.
+SPEED_SETTINGS = ("num_workers", "cache_images", "cache_limit_gb", "checkpoint_every", "val_every")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A vocabulary learned from the training texts, or one that comes with a language model."""
+
+    vocab_size: int = 1024
+    max_texts: int = 100_000  # of each data set; a vocabulary is settled long before
+    pretrained: str | None = None  # folder with a tokenizer.json
+
+
+@dataclass(frozen=True)
+class TownSettings:
+    """The generated town an experiment trains on where no other data is given."""
+
+    scenes: int = 10
+    image_size: tuple[int, int] = (320, 180)
+    seed: int = 0
+    workers: int = 2
+
+    @property
+    def version(self) -> str:
+        """The nuScenes version a town of this size is written as."""
+        return "v1.0-mini" if self.scenes == 10 else "v1.0-trainval"
+
+    @property
+    def folder_name(self) -> str:
+        """Towns that differ lie in different folders."""
+        width, height = self.image_size
+        return f"town-{self.scenes}-{width}x{height}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What all stages read, and what each of them reads of it.
+
+    Settings of the upper group hold for every stage; a stage's own config leaves them alone.
+    """
+
+    root: str = ""  # "": the folder named by ODVLA_DATA, or ./data
+    version: str = "v1.0-mini"
+    image_size: tuple[int, int] = (320, 180)
+    language_root: str = ""  # "": <root>/language
+    num_workers: int = 0
+    cache_images: bool = False
+    cache_limit_gb: float = 2.0
+    train_scenes: int = 0  # use only the first so many; 0: all
+    eval_scenes: int = 0
+
+    language: Any = None
+    perception: Any = field(
+        default_factory=lambda: NuScenesDataConfig(targets=("agents", "map"), clip_length=3)
+    )
+    alignment: Any = field(default_factory=AlignmentConfig)
+    instruction: Any = field(default_factory=MixtureConfig)
+    interaction: Any = field(default_factory=AgentTrajectoriesConfig)
+    planning: Any = field(default_factory=GPTDriverConfig)
+
+    def __post_init__(self) -> None:
+        """Check that stages leave the common settings alone.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        for stage in STAGES:
+            own = getattr(self, stage)
+            for setting in fields(own) if own is not None else ():
+                common = setting.name in COMMON or setting.name in ("grid", "seed")
+                if common and getattr(own, setting.name) != setting.default:
+                    where = f"data.{setting.name}" if setting.name in COMMON else "the experiment"
+                    raise UserError(
+                        f"data.{stage}.{setting.name} must be left alone: {where} decides it for "
+                        "all stages"
+                    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the data lies, or will be made."""
+        return Path(self.root or os.environ.get("ODVLA_DATA", "data")).expanduser()
+
+    def of_stage(self, stage: str, seed: int, grid: BevGrid | None) -> Any:
+        """A stage's data config, complete."""
+        own = getattr(self, stage)
+        names = {setting.name for setting in fields(own)}
+        common = {name: getattr(self, name) for name in COMMON if name in names}
+        if grid is not None and "grid" in names:
+            common["grid"] = grid
+        return replace(own, **common, seed=seed)
+
+
+COMMON = tuple(setting.name for setting in fields(DataConfig) if setting.name not in STAGES)
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """Settings of every stage; None: the experiment has no such stage."""
+
+    language: LanguageStageConfig | None = None
+    perception: PerceptionStageConfig | None = field(default_factory=PerceptionStageConfig)
+    alignment: AlignmentStageConfig | None = field(default_factory=AlignmentStageConfig)
+    instruction: InstructionStageConfig | None = field(default_factory=InstructionStageConfig)
+    interaction: InteractionStageConfig | None = field(default_factory=InteractionStageConfig)
+    planning: PlanningStageConfig | None = field(default_factory=PlanningStageConfig)
+
+    def of(self, stage: str) -> StageConfig:
+        """A stage's settings."""
+        return getattr(self, stage)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the work is done on a machine."""
+
+    accelerator: str = "auto"  # cpu | gpu | auto
+    devices: int = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    gradient_checkpointing: bool = False  # of the language model: slower, less memory
+    log_every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        for name in ("devices", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """An experiment: model, data, stages and the order they are run in."""
+
+    name: str
+    model: VLAConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    dialect: Dialect = field(default_factory=Dialect)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    run: tuple[str, ...] = STAGES[1:]
+    town: TownSettings | None = None  # made when the data root holds no data
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    baseline: EgoMLPConfig = field(default_factory=EgoMLPConfig)
+    pictures: int = 4  # of val samples, drawn at the end
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the stages to run exist and stand in order.
+
+        Raises:
+            UserError: naming the setting or stage.
+        """
+        if not self.name or "/" in self.name:
+            raise UserError(f"an experiment's name becomes a folder, {self.name!r} cannot be one")
+        if not self.run:
+            raise UserError(f"run is empty: choose some of {', '.join(STAGES)}")
+        for stage in self.run:
+            if stage not in STAGES:
+                raise UserError(
+                    f"run has an unknown stage {stage!r}; there are {', '.join(STAGES)}"
+                )
+            if self.stages.of(stage) is None or getattr(self.data, stage) is None:
+                raise UserError(f"run has stage {stage!r}, but its settings or its data are null")
+        order = [STAGES.index(stage) for stage in self.run]
+        if order != sorted(set(order)):
+            raise UserError(
+                f"run has its stages out of order ({', '.join(self.run)}); the order is "
+                f"{', '.join(STAGES)}"
+            )
+        if self.town is not None and self.town.version != self.data.version:
+            raise UserError(
+                f"a town of {self.town.scenes} scenes is written as {self.town.version}, but "
+                f"data.version is {self.data.version}"
+            )
+
+    def stage_tree(self, stage: str) -> dict[str, Any]:
+        """All settings that a stage's result depends on, besides what it starts from."""
+        common = {name: getattr(self.data, name) for name in COMMON}
+        settings = {
+            "seed": self.seed,
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+            "dialect": self.dialect,
+            "stage": self.stages.of(stage),
+            "data": getattr(self.data, stage),
+            "common": common,
+            "precision": self.trainer.precision,
+            "devices": self.trainer.devices,
+        }
+        return without(to_tree(settings), (*SPEED_SETTINGS, "root", "language_root"))
+
+    def stage_hash(self, stage: str) -> str:
+        """Hash of stage_tree."""
+        return config_hash(self.stage_tree(stage))
+
+
+def without(tree: Any, names: tuple[str, ...]) -> Any:
+    """A tree less the entries of these names, at any depth."""
+    if isinstance(tree, dict):
+        return {key: without(value, names) for key, value in tree.items() if key not in names}
+    if isinstance(tree, list):
+        return [without(item, names) for item in tree]
+    return tree

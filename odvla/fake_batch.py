@@ -1,0 +1,159 @@
+"""Batches of noise with every field set, to try a model's parts without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from odvla.encoders.protocol import fake_frames
+from odvla.language.prompts import Dialect
+from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
+from odvla.language.waypoints import format_future, format_waypoints
+from odvla.types import (
+    COMMANDS,
+    DETECTION_CLASSES,
+    HISTORY,
+    MAP_CLASSES,
+    WAYPOINTS,
+    AgentTargets,
+    Batch,
+    BevGrid,
+    Conversation,
+    EgoState,
+    MapTargets,
+    PlanTargets,
+)
+
+AGENTS = 4  # annotated agents of a fake frame
+
+
+def fake_tokenizer(dialect: Dialect | None = None, vocab_size: int = 400) -> ChatTokenizer:
+    """A tokenizer trained on the fake conversations of a dialect."""
+    conversations = fake_conversations(_fake_plan(4, 0), _fake_ego(4, 0), ("plan", "qa"), dialect)
+    return train_tokenizer((t.text for c in conversations for t in c.turns), vocab_size)
+
+
+def fake_batch(
+    tokenizer: ChatTokenizer | None,
+    *,
+    rows: int = 2,
+    steps: int = 1,
+    image_size: tuple[int, int] = (160, 90),
+    grid: BevGrid | None = None,
+    kinds: Sequence[str] = ("plan",),
+    dialect: Dialect | None = None,
+    seed: int = 0,
+) -> Batch:
+    """A batch of noise.
+
+    Args:
+        tokenizer: None: the batch has no talk.
+        rows: clips B.
+        steps: key-frames T of a clip.
+        image_size: width, height.
+        grid: where map targets are rastered; None: no map targets.
+        kinds: conversations a row has.
+        dialect: their wording; None: compact.
+        seed: of all noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    agents = [_fake_agents(rows, generator) for _ in range(steps)]
+    plan, ego = _fake_plan(rows, seed), _fake_ego(rows, seed)
+    talk = None
+    if tokenizer is not None:
+        boxes = agents[-1].boxes[:, 0]
+        conversations = fake_conversations(plan, ego, kinds, dialect, boxes)
+        owners = [row for row in range(rows) for _ in kinds]
+        talk = tokenizer.tokenise(conversations, owners)
+    return Batch(
+        clip=tuple(fake_frames(rows, image_size, seed, step=step) for step in range(steps)),
+        valid=torch.ones(rows, dtype=torch.bool),
+        ego=ego,
+        agents=tuple(agents),
+        map=_fake_map(rows, grid, generator) if grid is not None else None,
+        plan=plan,
+        talk=talk,
+    )
+
+
+def fake_conversations(
+    plan: PlanTargets,
+    ego: EgoState,
+    kinds: Sequence[str],
+    dialect: Dialect | None = None,
+    object_boxes: torch.Tensor | None = None,
+) -> list[Conversation]:
+    """One conversation of each kind for each row; object_boxes [B, 9] for kinds with an object."""
+    dialect = dialect or Dialect("compact")
+    conversations = []
+    for row, waypoints in enumerate(plan.waypoints):
+        one = EgoState(**{name: value[row : row + 1] for name, value in vars(ego).items()})
+        for kind in kinds:
+            answers = {"plan": format_waypoints(waypoints), "agent": format_future(waypoints)}
+            answer = answers.get(kind, "There is a car ahead.")
+            has_object = kind in ("agent", "caption_object") and object_boxes is not None
+            conversations.append(
+                Conversation(
+                    id=f"fake-{row}-{kind}",
+                    sample_token=f"fake-{row}",
+                    kind=kind,
+                    turns=dialect.turns(kind, answer, one, "What is ahead?"),
+                    reference=answer,
+                    object_box=tuple(object_boxes[row].tolist())
+                    if has_object and object_boxes is not None
+                    else None,
+                )
+            )
+    return conversations
+
+
+def _fake_plan(rows: int, seed: int) -> PlanTargets:
+    generator = torch.Generator().manual_seed(seed + 1)
+    steps = torch.randn(rows, WAYPOINTS, 2, generator=generator) * 0.3
+    steps[..., 1] += 3.0
+    return PlanTargets(steps.cumsum(1), torch.ones(rows, WAYPOINTS, dtype=torch.bool))
+
+
+def _fake_ego(rows: int, seed: int) -> EgoState:
+    generator = torch.Generator().manual_seed(seed + 2)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, generator=generator)
+
+    return EgoState(
+        velocity=noise(2),
+        yaw_rate=noise(),
+        acceleration=noise(2),
+        can_accel=noise(2),
+        heading_speed=noise(),
+        steering=noise(),
+        history=noise(HISTORY, 2),
+        command=torch.randint(len(COMMANDS), (rows,), generator=generator),
+    )
+
+
+def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
+    boxes = torch.zeros(rows, AGENTS, 9)
+    boxes[..., :2] = torch.rand(rows, AGENTS, 2, generator=generator) * 40 - 20
+    boxes[..., 3:6] = torch.tensor([1.9, 4.5, 1.6])
+    shape = (rows, AGENTS)
+    return AgentTargets(
+        boxes=boxes,
+        labels=torch.randint(len(DETECTION_CLASSES), shape, generator=generator),
+        track_ids=torch.arange(AGENTS).expand(shape).clone(),
+        mask=torch.ones(shape, dtype=torch.bool),
+        future=torch.randn(*shape, WAYPOINTS, 2, generator=generator),
+        future_mask=torch.ones(*shape, WAYPOINTS, dtype=torch.bool),
+    )
+
+
+def _fake_map(rows: int, grid: BevGrid, generator: torch.Generator) -> MapTargets:
+    elements = len(MAP_CLASSES)
+    raster = (rows, elements, grid.rows, grid.columns)
+    return MapTargets(
+        masks=torch.rand(raster, generator=generator) < 0.1,
+        labels=torch.arange(elements).expand(rows, elements).clone(),
+        mask=torch.ones(rows, elements, dtype=torch.bool),
+        drivable=torch.rand(rows, grid.rows, grid.columns, generator=generator) < 0.5,
+    )

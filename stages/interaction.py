@@ -1,0 +1,65 @@
+"""Stage 2.5, interaction: where each agent goes, told in the agent's own frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from odvla.freezing import FreezePlan
+from odvla.language.grammar import Grammar, future_grammar
+from odvla.language.waypoints import ParseFailure, Waypoints, parse_future
+from odvla.types import Batch, Conversation
+from odvla.vla import DrivingVLA
+from stages.base import Record
+from stages.optimisation import LearningRates, OptimiserConfig
+from stages.talk import TalkConfig, TalkStage
+
+TRAINS = FreezePlan(("projectors.*", "language.*"))
+OPTIMISER = OptimiserConfig(lr=LearningRates(projectors=1e-5, language=1e-5))
+
+
+@dataclass(frozen=True)
+class InteractionStageConfig(TalkConfig):
+    """Settings of stage 2.5; the learning rate is the paper's."""
+
+    freeze: FreezePlan = TRAINS
+    optimiser: OptimiserConfig = OPTIMISER
+    constrained: bool = True  # only well-formed futures can be written
+
+    def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> InteractionStage:
+        """The stage on a model."""
+        return InteractionStage(vla, self, total_steps, seed)
+
+
+class InteractionStage(TalkStage):
+    """Futures of agents."""
+
+    name = "interaction"
+    config: InteractionStageConfig
+
+    @cached_property
+    def _grammar(self) -> Grammar:
+        return future_grammar(self.vla.tokenizer)
+
+    def grammar(self) -> Grammar | None:
+        """Futures, or anything."""
+        return self._grammar if self.config.constrained else None
+
+    def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
+        """An answer with its positions, and those that were driven."""
+        said, driven = parse_future(text), parse_future(conversation.reference)
+        if isinstance(driven, ParseFailure):
+            raise ValueError(f"the future of {conversation.id} is malformed: {driven.reason}")
+        return {
+            **super().record(conversation, text, batch, row),
+            "waypoints": None if isinstance(said, ParseFailure) else points(said),
+            "failure": said.reason if isinstance(said, ParseFailure) else None,
+            "target": points(driven),
+            "mask": driven.known.tolist(),
+        }
+
+
+def points(waypoints: Waypoints) -> list[list[float | None]]:
+    """[[x, y]] for JSON; a position that is not known is [None, None]."""
+    pairs = zip(waypoints.xy.tolist(), waypoints.known.tolist(), strict=True)
+    return [xy if known else [None, None] for xy, known in pairs]

@@ -1,0 +1,140 @@
+"""Learning rates: one for each component of the model, over the steps of a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from odvla.errors import UserError
+
+# Component -> prefix of its parameter names; the first that fits counts.
+COMPONENTS = {
+    "backbone": "encoder.backbone.",
+    "encoder": "encoder.",
+    "queries": "queries.",
+    "projectors": "projectors.",
+    "language": "language.",
+}
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of each component; used for those that train."""
+
+    backbone: float = 1e-4
+    encoder: float = 1e-4
+    queries: float = 1e-4
+    projectors: float = 1e-4
+    language: float = 1e-5
+
+
+@dataclass(frozen=True)
+class StartSteps:
+    """A component's learning rate is 0 before this step: gradual unfreezing.
+
+    Its parameters are trainable from the first step, so that the optimiser and distributed training
+    know them; only their rate waits.
+    """
+
+    backbone: int = 0
+    encoder: int = 0
+    queries: int = 0
+    projectors: int = 0
+    language: int = 0
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW, warm-up, and the way down."""
+
+    lr: LearningRates = LearningRates()
+    start: StartSteps = StartSteps()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.03  # part of all steps
+    final_lr: float = 0.0  # part of the peak that a cosine ends at
+    weight_decay: float = 0.0  # of matrices; vectors (biases, norms) never decay
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is a part of all steps below 1, not {self.warmup}")
+        if not 0 <= self.final_lr <= 1:
+            raise UserError(f"final_lr is a part of the peak, at most 1, not {self.final_lr}")
+
+    def factor(self, step: int, total: int, start: int) -> float:
+        """Learning rate of a step as a part of its peak.
+
+        Args:
+            step: 0 for the first one.
+            total: steps of the stage.
+            start: first step at which the component learns.
+        """
+        step, total = step - start, max(total - start, 1)
+        if step < 0:
+            return 0.0
+        warm = round(self.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min((step - warm) / max(total - warm, 1), 1.0)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    component: str
+    decays: bool
+    parameters: tuple[nn.Parameter, ...]
+
+
+def component_of(name: str) -> str:
+    """The component a parameter belongs to.
+
+    Raises:
+        UserError: it belongs to none.
+    """
+    for component, prefix in COMPONENTS.items():
+        if name.startswith(prefix):
+            return component
+    raise UserError(f"parameter {name!r} belongs to none of {', '.join(COMPONENTS)}")
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
+    """Every trainable parameter in exactly one group.
+
+    Args:
+        parameters: named_parameters() of the model.
+
+    Raises:
+        UserError: a trainable parameter belongs to no component, or none trains.
+    """
+    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            key = (component_of(name), parameter.ndim > 1)
+            found.setdefault(key, []).append(parameter)
+    if not found:
+        raise UserError("no parameter of the model trains")
+    return [ParameterGroup(*key, tuple(group)) for key, group in found.items()]
+
+
+def trained_counts(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    """Number of trainable values of each component that trains."""
+    counts: dict[str, int] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            component = component_of(name)
+            counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts

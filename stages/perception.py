@@ -1,0 +1,128 @@
+"""Stage 0, perception: encoder, agent and map queries learn by detection, tracking and map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from odvla.errors import UserError
+from odvla.freezing import FreezePlan
+from odvla.losses.perception import PerceptionLossConfig
+from odvla.types import Batch
+from odvla.vla import DrivingVLA, VLAState
+from stages.base import Record, StageConfig, StageLoss, StageModule, valid_rows
+from stages.optimisation import LearningRates, OptimiserConfig
+
+TRAINS = FreezePlan(("encoder.*", "queries.*"))
+# UniAD trains its image backbone at a tenth of the rate.
+OPTIMISER = OptimiserConfig(
+    lr=LearningRates(backbone=2e-5, encoder=2e-4, queries=2e-4), weight_decay=0.01
+)
+LOSSES = PerceptionLossConfig()
+DECIMALS = 4
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class PerceptionStageConfig(StageConfig):
+    """Settings of stage 0; optimiser and clipping norm are UniAD's."""
+
+    freeze: FreezePlan = TRAINS
+    optimiser: OptimiserConfig = OPTIMISER
+    gradient_clip: float = 35.0
+    losses: PerceptionLossConfig = LOSSES
+    min_score: float = 0.02  # detections below are not written
+    max_boxes: int = 300  # a key-frame; the devkit takes 500
+
+    def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> PerceptionStage:
+        """The stage on a model."""
+        return PerceptionStage(vla, self, total_steps, seed)
+
+
+class PerceptionStage(StageModule):
+    """Detection, tracking, map."""
+
+    name = "perception"
+    config: PerceptionStageConfig
+
+    def __init__(
+        self,
+        vla: DrivingVLA,
+        config: PerceptionStageConfig,
+        total_steps: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(vla, config, total_steps, seed)
+        grid = vla.encoder.grid
+        if grid is None or not {"track", "map"} & set(vla.queries):
+            raise UserError(
+                "the perception stage needs a bird's-eye-view encoder and agent or map queries, "
+                "which this model lacks; leave the stage out of `run`"
+            )
+        self.criterion = config.losses.build(grid)
+
+    def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
+        """Named losses, a mean over the clips."""
+        seen, state = self.vla.perceive(batch.clip, state)
+        rows = batch.valid
+        kept = int(rows.sum())
+        if kept == 0:
+            return StageLoss(torch.zeros((), device=rows.device), 0, state=state)
+        parts = self.criterion(
+            rows_of(seen.agent_steps, rows),
+            rows_of(batch.agents, rows),
+            rows_of(seen.map_predictions, rows),
+            rows_of(batch.map, rows),
+        )
+        if not parts:
+            raise UserError("no loss is left: stages.perception.losses or data.perception.targets")
+        return StageLoss(torch.stack(list(parts.values())).sum(), kept, parts, state)
+
+    def predict_rows(self, batch: Batch) -> list[Record]:
+        """Detections of every key-frame."""
+        seen, self.streams["seeing"] = self.vla.perceive(batch.clip, self.streams.get("seeing"))
+        if not seen.agent_steps:
+            return []
+        found = seen.agent_steps[-1]
+        used = found.scores >= self.config.min_score
+        if found.mask is not None:
+            used &= found.mask
+        records = []
+        for row, token in valid_rows(batch):
+            order = found.scores[row].argsort(descending=True, stable=True)
+            chosen = order[used[row, order]][: self.config.max_boxes]
+            records.append(
+                {
+                    "sample_token": token,
+                    "kind": "detection",
+                    "boxes": _rounded(found.boxes[row, chosen]),
+                    "labels": found.labels[row, chosen].tolist(),
+                    "scores": _rounded(found.scores[row, chosen]),
+                    "track_ids": found.track_ids[row, chosen].tolist(),
+                }
+            )
+        return records
+
+
+def rows_of(value: _T, rows: Tensor) -> _T:
+    """The rows of a batch where `rows` [B] is True, in every tensor of nested dataclasses."""
+    return value if bool(rows.all()) else _select(value, rows)
+
+
+def _select(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, tuple):
+        return tuple(_select(item, rows) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        chosen = {f.name: _select(getattr(value, f.name), rows) for f in fields(value)}
+        return replace(value, **chosen)
+    return value
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    """Numbers with as many decimals as mean something."""
+    return torch.round(values.double().cpu(), decimals=DECIMALS).tolist()

@@ -1,0 +1,75 @@
+"""Stage 3, planning: where the car itself goes; all but the 2D backbone learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from odvla.errors import UserError
+from odvla.freezing import FreezePlan
+from odvla.language.grammar import Grammar, Range, plan_grammar
+from odvla.language.waypoints import ParseFailure, parse_waypoints
+from odvla.types import Batch, Conversation
+from odvla.vla import DrivingVLA
+from stages.base import Record
+from stages.optimisation import LearningRates, OptimiserConfig
+from stages.talk import TalkConfig, TalkStage
+
+TRAINS = FreezePlan(("*",), but_not=("encoder.backbone.*",))
+OPTIMISER = OptimiserConfig(lr=LearningRates(1e-5, 1e-5, 1e-5, 1e-5, 1e-5))
+
+
+@dataclass(frozen=True)
+class PlanningStageConfig(TalkConfig):
+    """Settings of stage 3.
+
+    The learning rates are the paper's; an unofficial training script has 2e-6 for the vision half.
+    """
+
+    freeze: FreezePlan = TRAINS
+    optimiser: OptimiserConfig = OPTIMISER
+    constrained: bool = True  # only well-formed plans can be written
+    x_range_m: tuple[float, float] = (-99.99, 99.99)  # what a constrained plan may reach
+    y_range_m: tuple[float, float] = (-99.99, 99.99)
+    blind_test: bool = True  # the test is taken once more with black images
+
+    def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> PlanningStage:
+        """The stage on a model."""
+        return PlanningStage(vla, self, total_steps, seed)
+
+
+class PlanningStage(TalkStage):
+    """Plans of the car."""
+
+    name = "planning"
+    config: PlanningStageConfig
+
+    @cached_property
+    def _grammar(self) -> Grammar:
+        bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
+        return plan_grammar(self.vla.tokenizer, *bounds)
+
+    def grammar(self) -> Grammar | None:
+        """Plans, or anything."""
+        return self._grammar if self.config.constrained else None
+
+    def predict_rows(self, batch: Batch) -> list[Record]:
+        """One plan a key-frame, and one that was made without seeing."""
+        records = self.answers(batch)
+        if self.config.blind_test:
+            blind = self.answers(batch, blind=True)
+            records += [{**record, "kind": "plan_blind"} for record in blind]
+        return records
+
+    def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
+        """A plan beside the path that was driven (from the poses, with its mask)."""
+        if batch.plan is None:
+            raise UserError(f"the batch of {conversation.id} has no plan targets to compare with")
+        plan = parse_waypoints(text)
+        return {
+            **super().record(conversation, text, batch, row),
+            "waypoints": None if isinstance(plan, ParseFailure) else plan.xy.tolist(),
+            "failure": plan.reason if isinstance(plan, ParseFailure) else None,
+            "reference": batch.plan.waypoints[row].tolist(),
+            "mask": batch.plan.mask[row].tolist(),
+        }

@@ -1,0 +1,91 @@
+"""What the stages that learn from text share: the language loss, and answers as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from odvla.language.grammar import Grammar
+from odvla.types import Batch, Conversation
+from odvla.vla import VLAState
+from stages.base import Record, StageConfig, StageLoss, StageModule, gather
+
+
+@dataclass(frozen=True)
+class TalkConfig(StageConfig):
+    """Settings of a stage that answers."""
+
+    max_new_tokens: int = 128
+
+
+class TalkStage(StageModule):
+    """Next-token loss on conversations; the test writes one answer a conversation."""
+
+    config: TalkConfig
+    unmatched = 0  # conversations of the test whose object no track was found for
+
+    def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
+        """Cross-entropy of the assistant's text, a mean over its tokens."""
+        if batch.talk is None:
+            # A streamed key-frame without conversations only moves the temporal state on.
+            _, state = self.vla.perceive(batch.clip, state)
+            return StageLoss(torch.zeros((), device=batch.valid.device), 0, state=state)
+        output = self.vla(batch, state)
+        return StageLoss(output.loss, output.labels.numel(), state=output.state)
+
+    def grammar(self) -> Grammar | None:
+        """What may be written; None: anything."""
+        return None
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count, too."""
+        super().on_test_epoch_start()
+        self.unmatched = 0
+
+    def on_test_epoch_end(self) -> None:
+        """Log how many conversations had to be left out."""
+        super().on_test_epoch_end()
+        self.log("test/unmatched_objects", float(sum(gather(self.unmatched))))
+
+    def predict_rows(self, batch: Batch) -> list[Record]:
+        """One record a conversation, but for those whose object was not found."""
+        return self.answers(batch)
+
+    def answers(self, batch: Batch, *, blind: bool = False) -> list[Record]:
+        """Answer a batch; `blind` zeroes the images, in a stream of its own."""
+        stream = "blind" if blind else "seeing"
+        grammar = self.grammar()
+        found = self.vla.generate(
+            batch,
+            self.streams.get(stream),
+            grammar=None if grammar is None else grammar.to(self.device),
+            max_new_tokens=self.config.max_new_tokens,
+            blind=blind,
+        )
+        self.streams[stream] = found.state
+        if batch.talk is None:
+            return []
+        records = []
+        rows = batch.talk.frame_index.tolist()
+        talks = zip(batch.talk.conversations, found.texts, found.unmatched, rows, strict=True)
+        for conversation, text, unmatched, row in talks:
+            if not unmatched:
+                records.append(self.record(conversation, text, batch, row))
+        if not blind:
+            self.unmatched += sum(found.unmatched)
+        return records
+
+    def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
+        """What is written about one answer; `row` is the row of the batch it is about."""
+        asked = [turn.text for turn in conversation.turns if turn.role == "user"]
+        return {
+            "id": conversation.id,
+            "sample_token": conversation.sample_token,
+            "kind": conversation.kind,
+            # The request proper is a prompt's last line; what stands before is ego state and slots.
+            "question": asked[-1].splitlines()[-1] if asked else "",
+            "text": text,
+            "reference": conversation.reference,
+            "meta": conversation.meta,
+        }

@@ -1,0 +1,99 @@
+"""Cards vouch for weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from experiments.handoff import (
+    CARD,
+    TOKENIZER,
+    WEIGHTS,
+    Card,
+    check_handoff,
+    data_fingerprint,
+    load_handoff,
+    read_card,
+)
+from odvla.errors import UserError
+from odvla.weights import file_sha256, save_weights
+
+
+@pytest.fixture
+def handoff(tmp_path) -> Path:
+    folder = tmp_path / "alignment"
+    (folder / TOKENIZER).mkdir(parents=True)
+    vocabulary = folder / TOKENIZER / "tokenizer.json"
+    vocabulary.write_text("{}")
+    weights = save_weights(nn.Linear(2, 2), folder / WEIGHTS)
+    Card(
+        experiment="e",
+        stage="alignment",
+        config={"model": {"dim": 2}},
+        stage_hash="s",
+        git_commit="c",
+        data_fingerprint="d",
+        weights_sha256=weights,
+        tokenizer_sha256=file_sha256(vocabulary),
+        parent_stage=None,
+        parent_card_sha256=None,
+        seed=0,
+        steps=1,
+        seconds=1.0,
+        trained={"projectors": 6},
+        frozen_before={},
+        frozen_after={},
+        metrics={},
+    ).write(folder)
+    return folder
+
+
+def test_a_handoff_is_loaded_and_a_changed_model_is_reported(handoff, caplog):
+    model = nn.Linear(2, 2)
+    card = load_handoff(handoff, "planning", model, {"dim": 2})
+    assert card.stage == "alignment"
+    assert not caplog.records
+    load_handoff(handoff, "planning", model, {"dim": 3})
+    assert "dim 2 -> 3" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["language", "perception", "alignment"])
+def test_stages_out_of_order_are_refused(handoff, stage):
+    with pytest.raises(UserError, match=rf"stage {stage} cannot start from .*alignment"):
+        check_handoff(handoff, stage)
+
+
+def test_a_file_that_is_not_the_cards_is_refused(handoff):
+    save_weights(nn.Linear(2, 2), handoff / WEIGHTS)
+    with pytest.raises(UserError, match=r"vla\.safetensors is not the file that .*SHA-256"):
+        check_handoff(handoff, "planning")
+    (handoff / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"vla\.safetensors does not exist"):
+        check_handoff(handoff, "planning")
+
+
+def test_a_broken_card_is_refused(handoff):
+    path = handoff / CARD
+    content = json.loads(path.read_text())
+    for broken in ("{", json.dumps({"stage": "planning"}), json.dumps({**content, "format": 9})):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=r"card\.json"):
+            read_card(handoff)
+
+
+def test_the_fingerprint_sees_every_file_and_no_place(tmp_path):
+    roots = []
+    for name in ("a", "b"):
+        root = tmp_path / name
+        (root / "v1.0-mini").mkdir(parents=True)
+        (root / "v1.0-mini" / "scene.json").write_text("[1]")
+        (root / "language").mkdir()
+        roots.append(root)
+    one, two = roots
+    assert data_fingerprint(one, "v1.0-mini") == data_fingerprint(two, "v1.0-mini")
+    (two / "v1.0-mini" / "scene.json").write_text("[2]")
+    assert data_fingerprint(one, "v1.0-mini") != data_fingerprint(two, "v1.0-mini")
+    (two / "v1.0-mini" / "scene.json").write_text("[1]")
+    (two / "language" / "x.json").write_text("")
+    assert data_fingerprint(one, "v1.0-mini") != data_fingerprint(two, "v1.0-mini")

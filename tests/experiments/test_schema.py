@@ -1,0 +1,105 @@
+"""Experiments: all that are listed build; mistakes in one are named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments.find import experiments, find_experiment
+from experiments.schema import STAGES, ExperimentConfig, TownSettings
+from experiments.tiny import tiny
+from odvla.config import apply_overrides, config_hash, dump, flat
+from odvla.errors import UserError
+from odvla.fake_batch import fake_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return fake_tokenizer(vocab_size=320)
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_listed_experiment_builds(name, tokenizer):
+    config = find_experiment(name)
+    assert config.name == name
+    assert experiments()[name][1].endswith((".", "?", '").'))
+    with torch.device("meta"):
+        vla = config.model.build(tokenizer)
+    for stage in config.run:
+        assert config.stages.of(stage).freeze.trainable(vla)
+        data = config.data.of_stage(stage, 5, config.model.encoder.grid)
+        assert (data.seed, data.version) == (5, config.data.version)
+        assert data.grid == config.model.encoder.grid
+    assert flat(config)["model.encoder.class"].endswith("DeformableBEVConfig")
+    assert dump(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run=[planning, alignment]", "out of order"),
+        ("run=[planing]", "unknown stage 'planing'"),
+        ("run=[language, planning]", "'language', but"),
+        ("run=[]", "run is empty"),
+        ("name=a/b", "cannot be one"),
+        ("data.planning.image_size=[1,2]", "data.image_size decides"),
+        ("data.planning.seed=3", "the experiment decides"),
+        ("town.scenes=20", "v1.0-trainval"),
+        ("stages.planning.steps=-1", "steps or epochs"),
+        ("trainer.devices=0", "trainer.devices"),
+        ("trainer.precision=16", "32-true, bf16-mixed"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_named(override, message):
+    with pytest.raises(UserError, match=message):
+        apply_overrides(tiny(), [override])
+
+
+def test_a_stage_is_trained_again_only_for_what_concerns_it():
+    def changed(*overrides):
+        other = apply_overrides(tiny(), overrides)
+        return [s for s in tiny().run if other.stage_hash(s) != tiny().stage_hash(s)]
+
+    assert changed("stages.planning.steps=3") == ["planning"]
+    assert changed("data.alignment.batch_size=3") == ["alignment"]
+    assert changed("seed=1") == list(STAGES[1:])
+    assert changed("model.encoder.dim=32") == list(STAGES[1:])
+    assert changed("dialect.without=[ego]") == list(STAGES[1:])
+    speed = ("data.num_workers=2", "stages.planning.checkpoint_every=3", "data.root=/elsewhere")
+    assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
+
+
+def test_a_town_of_another_kind_lies_in_another_folder():
+    towns = [
+        TownSettings(),
+        TownSettings(seed=1),
+        TownSettings(11),
+        TownSettings(image_size=(8, 8)),
+    ]
+    assert len({town.folder_name for town in towns}) == 4
+
+
+def test_experiments_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_for_test.py").write_text(
+        "from dataclasses import replace\n"
+        "from experiments.tiny import tiny\n"
+        "def mine():\n    return replace(tiny(), name='mine')\n"
+        "def odd():\n    return 3\n"
+    )
+    (tmp_path / "broken_for_test.py").write_text("import no_such_thing\n")
+    assert find_experiment("mine_for_test:mine").name == "mine"
+    for name, message in (
+        ("mine_for_test:mein", "has no function 'mein'"),
+        ("mine_for_test:odd", "returned a int"),
+        ("nowhere_for_test:x", "no module 'nowhere_for_test'"),
+        ("broken_for_test:x", "no module 'no_such_thing'"),
+        ("tini", "did you mean 'tiny'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_experiment(name)
+
+
+def test_equal_experiments_have_equal_hashes():
+    assert config_hash(tiny()) == config_hash(tiny())
+    assert isinstance(replace(tiny(), seed=1), ExperimentConfig)

@@ -1,0 +1,77 @@
+"""MLflow, on its local default store."""
+
+import json
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from experiments.tracking import EXPERIMENT, Tracker
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_a_parent_run_an_experiment_and_a_child_a_stage(store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = {f"a.b{i}": i for i in range(120)} | {"long": "x" * 9000}
+    tracker = Tracker(store / "e", store, "e", active=True)
+    tracker.start(config, {"seed": 3})
+    logger = tracker.stage("planning", False, config, {"parent_card": "abc"})
+    for step in range(250):
+        logger.log_metrics({"train/loss": 1 / (step + 1), "epoch": 0}, step)
+    logger.finalize("success")
+    tracker.log_numbers("planning", {"l2 (m)": [1, 2.5], "card": {"name": "x", "ok": True}})
+    (store / "table.md").write_text("hello")
+    tracker.log_files("", store / "table.md")
+    tracker.close("planning")
+    tracker.close("", RuntimeError())
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    child, parent = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])
+    if child.info.run_name == "e":
+        child, parent = parent, child
+    assert (parent.info.status, child.info.status) == ("FAILED", "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.tags["parent_card"] == "abc"
+    assert len(parent.data.params) == 121
+    curve = client.get_metric_history(child.info.run_id, "train/loss")
+    assert sorted(m.step for m in curve) == list(range(250))
+    assert child.data.metrics["l2 _m_/1"] == 2.5
+    assert "card/ok" not in child.data.metrics
+    # Artifacts lie beside the store, not in the working directory.
+    assert (store / "mlartifacts" / parent.info.run_id / "artifacts" / "table.md").is_file()
+
+
+def test_an_interrupted_experiment_goes_on_in_its_runs(store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    ids = []
+    for resumed in (False, True, False):
+        tracker = Tracker(store / "f", store, "f", active=True)
+        tracker.start({}, {})
+        ids.append(tracker.stage("alignment", resumed, {}, {}).version)
+    assert ids[0] == ids[1] != ids[2]
+    parents = {json.loads((store / "f" / "mlflow.json").read_text())["runs"][""]}
+    assert len(parents) == 1
+
+
+def test_other_processes_write_nothing(tmp_path):
+    tracker = Tracker(tmp_path / "e", tmp_path, "e", active=False)
+    tracker.start({}, {})
+    logger = tracker.stage("planning", False, {}, {})
+    logger.log_metrics({"x": 1.0}, 0)
+    logger.finalize("success")
+    tracker.log_numbers("", {"x": 1})
+    tracker.close("")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_store_is_respected(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker(tmp_path / "runs" / "e", tmp_path / "runs", "e", active=True)
+    tracker.start({}, {})
+    assert (tmp_path / "elsewhere.db").is_file()
+    assert not (tmp_path / "runs" / "mlflow.db").exists()

@@ -1,0 +1,105 @@
+"""Our decoding loop equals Hugging Face's, and a slow loop under a grammar."""
+
+import pytest
+import torch
+
+from odvla.errors import UserError
+from odvla.fake_batch import fake_tokenizer
+from odvla.language.causal_lm import LanguageConfig
+from odvla.language.generation import generate_greedy
+from odvla.language.grammar import plan_grammar
+from odvla.language.splice import Spliced
+from odvla.language.waypoints import Waypoints, parse_waypoints
+
+TOKENIZER = fake_tokenizer()
+LENGTHS = (5, 12, 9)
+
+
+@pytest.fixture(scope="module")
+def language():
+    torch.manual_seed(0)
+    config = LanguageConfig(hidden=48, layers=2, heads=4, kv_heads=2, intermediate=64)
+    language = config.build(len(TOKENIZER)).eval()
+    with torch.no_grad():  # larger weights: less uniform choices
+        for parameter in language.parameters():
+            parameter.mul_(4.0)
+    return language
+
+
+def prompts(language, rows):
+    """Left-padded random embeddings of LENGTHS."""
+    longest = max(LENGTHS[row] for row in rows)
+    embeds = torch.zeros(len(rows), longest, language.hidden)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for g, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(row)
+        embeds[g, longest - LENGTHS[row] :] = torch.randn(
+            LENGTHS[row], language.hidden, generator=generator
+        )
+        mask[g, longest - LENGTHS[row] :] = True
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return Spliced(embeds, mask, positions, torch.full(mask.shape, -100))
+
+
+def test_greedy_equals_hugging_face_generate_alone_and_in_a_batch(language):
+    together = generate_greedy(language, prompts(language, (0, 1, 2)), 1, max_new_tokens=20)
+    for row in range(3):
+        one = prompts(language, (row,))
+        alone = generate_greedy(language, one, 1, max_new_tokens=20)
+        theirs = language.model.generate(
+            inputs_embeds=one.embeds,
+            attention_mask=one.attention_mask.long(),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=1,
+            pad_token_id=1,
+        )[0].tolist()
+        assert alone == [theirs[: theirs.index(1)] if 1 in theirs else theirs]
+        assert together[row] == alone[0]
+    assert len({tuple(ids) for ids in together}) == 3
+
+
+def test_rows_stop_at_their_own_end(language):
+    free = generate_greedy(language, prompts(language, (0, 1, 2)), -1, max_new_tokens=12)
+    end = free[0][3]
+    stopped = generate_greedy(language, prompts(language, (0, 1, 2)), end, max_new_tokens=12)
+    for ids, whole in zip(stopped, free, strict=True):
+        assert ids == (whole[: whole.index(end)] if end in whole else whole)
+
+
+def test_under_a_grammar_each_token_is_the_best_of_those_allowed(language):
+    grammar = plan_grammar(TOKENIZER)
+    rows = generate_greedy(
+        language, prompts(language, (0, 1)), TOKENIZER.end_id, max_new_tokens=120, grammar=grammar
+    )
+    for row, ids in enumerate(rows):
+        assert isinstance(parse_waypoints(TOKENIZER.decode(ids)), Waypoints)
+        embeds = torch.cat(
+            [prompts(language, (row,)).embeds, language.embed(torch.tensor([ids]))], dim=1
+        )
+        logits = language.model(inputs_embeds=embeds).logits[0, LENGTHS[row] - 1 :]
+        state = grammar.start
+        for token, scores in zip([*ids, TOKENIZER.end_id], logits, strict=True):
+            open_ = grammar.token_ids[grammar.next_state[state] >= 0]
+            assert token == open_[scores[open_].argmax()]
+            column = (grammar.token_ids == token).nonzero().item()
+            state = int(grammar.next_state[state, column])
+
+
+def test_an_answer_that_does_not_fit_is_refused(language):
+    with pytest.raises(UserError, match="12 tokens and 2040 new ones exceed"):
+        generate_greedy(language, prompts(language, (1,)), 1, max_new_tokens=2040)
+
+
+def test_broken_weights_are_refused_and_training_goes_on_as_before(language):
+    broken = LanguageConfig(hidden=16, layers=1, heads=2, gradient_checkpointing=True).build(50)
+    embeds = prompts(language, (0,))
+    small = Spliced(embeds.embeds[..., :16], *list(vars(embeds).values())[1:])
+    broken.train()
+    written = generate_greedy(broken, small, -1, max_new_tokens=6)
+    assert broken.training
+    assert written == generate_greedy(broken.eval(), small, -1, max_new_tokens=6)
+    with torch.no_grad():
+        broken.head.weight[3] = torch.nan
+    with pytest.raises(UserError, match="logits are NaN"):
+        generate_greedy(broken, small, -1, max_new_tokens=6)

@@ -1,0 +1,69 @@
+"""A stage that was killed ends in exactly the weights of one that was not."""
+
+import pytest
+import torch
+
+from callbacks.freeze import FreezeByName
+from callbacks.resume import LAST, ResumeCheckpoint
+from stages.planning import PlanningStageConfig
+
+STEPS = 7  # of 3 batches an epoch: 5 clips in pairs
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def fit(vla, data, trainer_of, folder, *, every, steps=STEPS, accumulate=1, stop_after=None):
+    config = PlanningStageConfig(steps=steps, accumulate=accumulate)
+    stage = config.build(vla, steps, seed=3)
+    batches = 0
+    plain = stage.training_step
+
+    def step(batch, batch_idx):
+        nonlocal batches
+        batches += 1
+        if stop_after is not None and batches > stop_after:
+            raise KilledError
+        # Something random in the step: dropout on the loss.
+        return plain(batch, batch_idx) * (1 + torch.rand(()))
+
+    stage.training_step = step
+    last = folder / LAST
+    trainer = trainer_of(
+        FreezeByName(vla, config.freeze),
+        ResumeCheckpoint(folder, every),
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(stage, data, ckpt_path=last if last.is_file() else None)
+    return {name: tensor.clone() for name, tensor in vla.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("every", "stop_after", "accumulate"),
+    [
+        (1, 0, 1),  # before the first step
+        (1, 2, 1),  # inside the first epoch
+        (1, 3, 1),  # at its end
+        (2, 5, 1),  # a step after a checkpoint
+        (3, 4, 1),  # a checkpoint at an epoch's end
+        (1, 6, 1),
+        (2, 9, 2),  # steps of two batches
+    ],
+)
+def test_a_killed_stage_ends_the_same(
+    every, stop_after, accumulate, make_vla, make_data, make_trainer, tmp_path
+):
+    settings = {"every": every, "accumulate": accumulate}
+    whole = fit(make_vla(), make_data("plan"), make_trainer, tmp_path / "whole", **settings)
+    folder = tmp_path / "cut"
+    with pytest.raises(KilledError):
+        fit(make_vla(), make_data("plan"), make_trainer, folder, stop_after=stop_after, **settings)
+    # A new process would start from other weights in memory.
+    cut = fit(make_vla(seed=0), make_data("plan"), make_trainer, folder, **settings)
+    assert all(whole[name].equal(cut[name]) for name in whole)
+    # A stage that had been trained to its end stays as it is.
+    again = fit(make_vla(seed=0), make_data("plan"), make_trainer, folder, **settings)
+    assert all(whole[name].equal(again[name]) for name in whole)
+    assert [path.name for path in folder.iterdir()] == [LAST]
