@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "lightning_app.py"
 PACKAGES = ("odvla", "stages", "datamodules", "callbacks", "experiments")
+WIDTH = 120
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -161,7 +162,7 @@ def fit_experiment(options: argparse.Namespace) -> None:
     _quiet()
     pipeline = open_pipeline(_experiment(options), _runs(options), options.parent)
     pipeline.fit()
-    pipeline.report(Console())
+    pipeline.report(_console())
 
 
 def test_experiment(options: argparse.Namespace) -> None:
@@ -171,7 +172,7 @@ def test_experiment(options: argparse.Namespace) -> None:
     _quiet()
     pipeline = open_pipeline(_experiment(options), _runs(options))
     pipeline.test()
-    pipeline.report(Console())
+    pipeline.report(_console())
 
 
 def predict_sample(options: argparse.Namespace) -> None:
@@ -259,6 +260,12 @@ def _experiment(options: argparse.Namespace) -> ExperimentConfig:
 
 def _runs(options: argparse.Namespace) -> Path:
     return options.runs or Path(os.environ.get("ODVLA_RUNS", "runs")).expanduser()
+
+
+def _console() -> Console:
+    """The terminal; a file or pipe gets lines wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _quiet() -> None:

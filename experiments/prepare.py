@@ -49,7 +49,7 @@ def make_town_at(root: Path, town: TownSettings, *, progress: bool = True) -> Pa
     from datamodules.town.make import TownConfig, make_town
 
     settings = TownConfig(
-        out=root,
+        out=str(root),
         scenes=town.scenes,
         image_size=town.image_size,
         seed=town.seed,

@@ -131,7 +131,7 @@ def smoke() -> ExperimentConfig:
         name="smoke",
         model=replace(base.model, encoder=encoder, queries=queries, language=language),
         stages=_with_steps(base, dict.fromkeys(base.run, 3)),
-        data=replace(base.data, train_scenes=2, eval_scenes=1),
+        data=replace(base.data, train_scenes=2),
         pictures=1,
     )
 

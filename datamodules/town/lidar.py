@@ -11,7 +11,7 @@ from datamodules.town.log import SceneLog
 from datamodules.town.rig import FloatArray, Rig, ego_to_global
 
 BEAMS = 32
-AZIMUTHS = 360
+AZIMUTHS = 270
 ELEVATION_DEG = (-30.0, 10.0)
 RANGE_M = 70.0
 NOISE_M = 0.02

@@ -348,7 +348,7 @@ def _walkers(road: RoadMap, path: Path, start: float, rng: np.random.Generator) 
                     body=pick_person(rng),
                     start=middle - reach + aside,
                     end=middle + reach + aside,
-                    speed=WALK_MPS * float(rng.uniform(0.85, 1.25)),
+                    speed=WALK_MPS * float(rng.uniform(0.95, 1.15)),
                     crossing=crossing,
                     state="waiting",
                 )

@@ -73,6 +73,11 @@ _LIGHTS = (
     Decal("back", (0.02, 0.3), (0.5, 0.95), None),
     Decal("back", (0.7, 0.98), (0.5, 0.95), None),
 )
+_TRAILER_WHEELS = _sides(((0.1, 0.2), (0.0, 0.14), TYRE), ((0.22, 0.32), (0.0, 0.14), TYRE))
+_TRAILER_LIGHTS = (
+    Decal("back", (0.03, 0.2), (0.02, 0.12), None),
+    Decal("back", (0.8, 0.97), (0.02, 0.12), None),
+)
 FULL = (-0.5, 0.5)
 SHAPES: dict[str, tuple[Part, ...]] = {
     "vehicle.car": (
@@ -167,6 +172,10 @@ SHAPES: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
+    "vehicle.trailer": (
+        Part(FULL, FULL, (0.16, 1.0), None, (*_TRAILER_WHEELS, *_TRAILER_LIGHTS)),
+        Part((-0.5, 0.5), (-0.3, 0.3), (0.06, 0.16), DARK),
+    ),
     "building": (
         Part(
             FULL,
@@ -213,9 +222,13 @@ class Mesh:
 
 @cache
 def mesh(kind: str) -> Mesh:
-    """The mesh of a shape in SHAPES; decals follow the face they are painted on."""
+    """The mesh of a shape in SHAPES; decals follow the face they are painted on.
+
+    People of every kind look alike but for their size and colour.
+    """
+    shape = "human.pedestrian.adult" if kind.startswith("human.") else kind
     quads, normals, part, colours, own, brake, centres = [], [], [], [], [], [], []
-    for number, piece in enumerate(SHAPES[kind]):
+    for number, piece in enumerate(SHAPES[shape]):
         low = np.array([piece.x[0], piece.y[0], piece.z[0]])
         size = np.array([piece.x[1], piece.y[1], piece.z[1]]) - low
         centres.append(low + size / 2)

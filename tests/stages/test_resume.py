@@ -14,9 +14,9 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def fit(vla, data, trainer_of, folder, *, every, steps=STEPS, accumulate=1, stop_after=None):
-    config = PlanningStageConfig(steps=steps, accumulate=accumulate)
-    stage = config.build(vla, steps, seed=3)
+def fit(vla, data, trainer_of, folder, *, every, accumulate, val_every, stop_after=None):
+    config = PlanningStageConfig(steps=STEPS, accumulate=accumulate)
+    stage = config.build(vla, STEPS, seed=3)
     batches = 0
     plain = stage.training_step
 
@@ -33,29 +33,33 @@ def fit(vla, data, trainer_of, folder, *, every, steps=STEPS, accumulate=1, stop
     trainer = trainer_of(
         FreezeByName(vla, config.freeze),
         ResumeCheckpoint(folder, every),
-        max_steps=steps,
+        max_steps=STEPS,
         accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=None,
+        val_check_interval=val_every or None,
+        limit_val_batches=2 if val_every else 0,
     )
     trainer.fit(stage, data, ckpt_path=last if last.is_file() else None)
     return {name: tensor.clone() for name, tensor in vla.state_dict().items()}
 
 
 @pytest.mark.parametrize(
-    ("every", "stop_after", "accumulate"),
+    ("every", "stop_after", "accumulate", "val_every"),
     [
-        (1, 0, 1),  # before the first step
-        (1, 2, 1),  # inside the first epoch
-        (1, 3, 1),  # at its end
-        (2, 5, 1),  # a step after a checkpoint
-        (3, 4, 1),  # a checkpoint at an epoch's end
-        (1, 6, 1),
-        (2, 9, 2),  # steps of two batches
+        (1, 0, 1, 0),  # before the first step
+        (1, 2, 1, 0),  # inside the first epoch
+        (1, 3, 1, 0),  # at its end
+        (2, 5, 1, 0),  # a step after a checkpoint
+        (3, 4, 1, 0),  # a checkpoint at an epoch's end
+        (2, 5, 1, 2),  # with validations in between
+        (2, 5, 1, 3),
+        (2, 9, 2, 0),  # steps of two batches
     ],
 )
 def test_a_killed_stage_ends_the_same(
-    every, stop_after, accumulate, make_vla, make_data, make_trainer, tmp_path
+    every, stop_after, accumulate, val_every, make_vla, make_data, make_trainer, tmp_path
 ):
-    settings = {"every": every, "accumulate": accumulate}
+    settings = {"every": every, "accumulate": accumulate, "val_every": val_every}
     whole = fit(make_vla(), make_data("plan"), make_trainer, tmp_path / "whole", **settings)
     folder = tmp_path / "cut"
     with pytest.raises(KilledError):

@@ -1,0 +1,232 @@
+"""Make a town: simulate, draw and write every scene, then the tables, maps and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from datamodules.town.cameras import SceneRenderer, visibility
+from datamodules.town.can_bus import write_can_bus
+from datamodules.town.ground import drivable_mask
+from datamodules.town.language import write_language
+from datamodules.town.lidar import scan
+from datamodules.town.log import KEYFRAMES_PER_SCENE, TICKS_PER_KEYFRAME, RoadMap, SceneLog
+from datamodules.town.map_expansion import map_expansion
+from datamodules.town.rig import Rig
+from datamodules.town.roads import build_road_map
+from datamodules.town.scenario import simulate_scene
+from datamodules.town.scenes import scene_names, version_of
+from datamodules.town.tables import (
+    LIDAR,
+    KeyframeView,
+    annotated_actors,
+    fixed_tables,
+    map_table,
+    scene_tables,
+    sensor_file,
+    sensor_table,
+)
+from datamodules.town.tokens import TokenIndex, make_token
+from odvla.errors import UserError
+
+MASK_CELL_M = 0.1  # what the devkit assumes of a semantic prior
+SMALLEST_IMAGE = (64, 36)
+TOWN_FILE = "town.json"
+
+
+@dataclass(frozen=True)
+class TownConfig:
+    """What a town is made from; the same settings give the same bytes, whatever `workers` is."""
+
+    out: str
+    scenes: int = 10
+    image_size: tuple[int, int] = (320, 180)  # width, height
+    seed: int = 0
+    workers: int = 2
+    jpeg_quality: int = 90
+    language: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        scene_names(self.scenes)
+        width, height = self.image_size
+        if width < SMALLEST_IMAGE[0] or height < SMALLEST_IMAGE[1]:
+            raise UserError(f"images of {width}x{height} are too small, at least 64x36 is needed")
+        if self.workers < 1:
+            raise UserError(f"workers must be at least 1, not {self.workers}")
+
+
+@dataclass(frozen=True)
+class SceneJob:
+    """One scene for one worker."""
+
+    folder: Path
+    name: str
+    location: str
+    index: int
+    config: TownConfig
+
+
+def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Write a data root in nuScenes' format.
+
+    It is written into `<out>.partial` and renamed at the end, so that `out` is whole or not there.
+    What a killed run left behind is removed.
+
+    Args:
+        config: the town.
+        progress: called with (scenes done, scenes in all) after each scene.
+
+    Returns:
+        The data root.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder.
+    """
+    out = Path(config.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; name a new folder for the town")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    names = scene_names(config.scenes)
+    jobs = [
+        SceneJob(partial, name, location, index, config)
+        for index, (name, location) in enumerate(names)
+    ]
+    for location in sorted({location for _, location in names}):
+        _write_map(partial, _road(location, config.seed), config.seed)
+    done: dict[int, tuple[SceneLog, list[KeyframeView]]] = {}
+    for index, result in _run(jobs, config.workers):
+        done[index] = result
+        if progress is not None:
+            progress(len(done), len(jobs))
+    scenes = [done[index] for index in range(len(jobs))]
+    version = version_of(config.scenes)
+    tokens = _write_tables(partial, version, scenes, config)
+    if config.language:
+        logs = [log for log, _ in scenes]
+        write_language(partial, version, logs, tokens, config.seed)
+    _write_town_file(partial, version, config)
+    if out.exists():
+        out.rmdir()
+    return partial.rename(out)
+
+
+def make_scene(job: SceneJob) -> tuple[SceneLog, list[KeyframeView]]:
+    """Simulate and draw one scene: images, lidar sweeps and CAN bus files."""
+    cv2.setNumThreads(0)  # the processes are the parallelism
+    road = _road(job.location, job.config.seed)
+    log = simulate_scene(road, job.name, job.index, job.config.seed)
+    width, height = job.config.image_size
+    renderer = SceneRenderer(road, width, height)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, job.config.jpeg_quality]
+    for channel in (*renderer.rig.cameras, LIDAR):
+        (job.folder / "samples" / channel).mkdir(parents=True, exist_ok=True)
+    views = []
+    for keyframe in range(KEYFRAMES_PER_SCENE):
+        tick = keyframe * TICKS_PER_KEYFRAME
+        for channel, image in renderer.render(log, tick).items():
+            good, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
+            if not good:
+                raise OSError(f"could not encode an image of {job.name}")
+            (job.folder / sensor_file(log, keyframe, channel)).write_bytes(data.tobytes())
+        sweep = scan(log, tick, renderer.rig)
+        (job.folder / sensor_file(log, keyframe, LIDAR)).write_bytes(sweep.points.tobytes())
+        views.append(KeyframeView(sweep.hits, visibility(log, tick, renderer.rig)))
+    (job.folder / "can_bus").mkdir(exist_ok=True)
+    write_can_bus(job.folder / "can_bus", log)
+    return log, views
+
+
+@cache
+def _road(location: str, seed: int) -> RoadMap:
+    return build_road_map(location, seed)
+
+
+def _run(
+    jobs: list[SceneJob], workers: int
+) -> Iterator[tuple[int, tuple[SceneLog, list[KeyframeView]]]]:
+    """Scenes as they become ready, in any order."""
+    if workers == 1 or len(jobs) == 1:
+        for job in jobs:
+            yield job.index, make_scene(job)
+        return
+    # Started afresh, because a forked copy of a process with numerical threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        waiting = {pool.submit(make_scene, job): job.index for job in jobs}
+        while waiting:
+            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ready:
+                yield waiting.pop(future), future.result()
+
+
+def _write_map(folder: Path, road: RoadMap, seed: int) -> None:
+    """Map expansion, base map and semantic prior of one location."""
+    maps = folder / "maps"
+    for part in ("expansion", "basemap"):
+        (maps / part).mkdir(parents=True, exist_ok=True)
+    _write_json(maps / "expansion" / f"{road.location}.json", map_expansion(road, seed))
+    _, data = cv2.imencode(".png", drivable_mask(road, MASK_CELL_M))
+    (maps / "basemap" / f"{road.location}.png").write_bytes(data.tobytes())
+    (maps / f"{make_token(seed, 'map', road.location)}.png").write_bytes(data.tobytes())
+
+
+def _write_tables(
+    folder: Path,
+    version: str,
+    scenes: list[tuple[SceneLog, list[KeyframeView]]],
+    config: TownConfig,
+) -> TokenIndex:
+    tokens = TokenIndex(
+        config.seed,
+        {
+            (log.name, keyframe): annotated_actors(log, keyframe, view)
+            for log, views in scenes
+            for keyframe, view in enumerate(views)
+        },
+    )
+    rig = Rig.for_size(*config.image_size)
+    tables: dict[str, list[dict[str, Any]]] = {
+        **fixed_tables(config.seed),
+        "sensor": sensor_table(config.seed, (*rig.cameras, LIDAR)),
+        "map": map_table(config.seed, [log for log, _ in scenes]),
+    }
+    for log, views in scenes:
+        for name, records in scene_tables(log, rig, views, tokens).items():
+            tables.setdefault(name, []).extend(records)
+    (folder / version).mkdir()
+    for name, records in tables.items():
+        _write_json(folder / version / f"{name}.json", records)
+    return tokens
+
+
+def _write_town_file(folder: Path, version: str, config: TownConfig) -> None:
+    """What the town was made from, and a fingerprint of its tables."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / version).glob("*.json")):
+        digest.update(path.read_bytes())
+    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "workers")}
+    _write_json(
+        folder / TOWN_FILE, {"version": version, **settings, "fingerprint": digest.hexdigest()}
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")))

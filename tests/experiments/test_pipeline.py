@@ -1,0 +1,170 @@
+"""The pipeline on a generated town: stages in order, skipped, continued, handed over, tracked."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from experiments.pipeline import open_pipeline
+from experiments.predict import predict
+from experiments.stage_run import StageRun
+from experiments.tiny import smoke
+from odvla.errors import UserError
+
+STAGES = ("perception", "interaction")
+
+
+@pytest.fixture(scope="module")
+def config(town_root):
+    """Two stages of two steps; every query is a token, so that every agent finds one."""
+    base = smoke()
+    scene, agents, map_queries = base.model.queries
+    return replace(
+        base,
+        town=None,
+        run=STAGES,
+        model=replace(
+            base.model,
+            queries=(scene, replace(agents, score_threshold=0.0), map_queries),
+            object_match_m=1e6,
+        ),
+        data=replace(
+            base.data,
+            root=str(town_root),
+            train_scenes=1,
+            interaction=replace(base.data.interaction, eval_frames_stride=4),
+        ),
+        stages=replace(
+            base.stages,
+            perception=replace(base.stages.perception, steps=2, checkpoint_every=1),
+            interaction=replace(base.stages.interaction, steps=2, checkpoint_every=1),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(config, tmp_path_factory):
+    """A folder with one finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    pipeline = open_pipeline(config, folder, progress=False)
+    pipeline.fit()
+    pipeline.report(Console(quiet=True))
+    return folder
+
+
+def card(folder):
+    return json.loads((folder / "card.json").read_text())
+
+
+def trained(monkeypatch):
+    """Names of the stages that are run from now on."""
+    names = []
+    plain = StageRun.run
+
+    def run(self):
+        names.append(self.stage)
+        plain(self)
+
+    monkeypatch.setattr(StageRun, "run", run)
+    return names
+
+
+def fit(config, runs, parent=None):
+    pipeline = open_pipeline(config, runs, parent, progress=False)
+    pipeline.fit()
+    return pipeline
+
+
+def test_a_run_leaves_cards_predictions_and_tables(config, runs):
+    folder = runs / "smoke"
+    first, second = (card(folder / stage) for stage in STAGES)
+    assert second["parent_stage"] == "perception"
+    assert first["parent_card_sha256"] is None
+    assert set(first["trained"]) == {"backbone", "encoder", "queries"}
+    assert set(second["trained"]) == {"projectors", "language"}
+    assert second["frozen_before"] == second["frozen_after"] != {}
+    assert {"train/loss", "val/loss"} <= set(second["metrics"])
+    assert second["config"]["seed"] == config.seed
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == set(STAGES)
+    assert "Agent forecasts" in (folder / "table.md").read_text()
+    assert len(list((folder / "pictures").iterdir())) == 1
+    assert not list(folder.rglob("*.ckpt"))
+    assert not list(folder.rglob("*.partial*"))
+    assert (runs / "mlflow.db").is_file()
+
+
+def test_a_finished_run_is_not_run_again(config, runs, monkeypatch):
+    names = trained(monkeypatch)
+    before = (runs / "smoke" / "table.md").stat().st_mtime_ns
+    console = Console(record=True, quiet=True)
+    fit(config, runs).report(console)
+    assert names == []
+    assert (runs / "smoke" / "table.md").stat().st_mtime_ns == before
+    # A setting of the second stage concerns the second stage alone.
+    later = replace(config.stages, interaction=replace(config.stages.interaction, steps=1))
+    fit(replace(config, stages=later), runs)
+    assert names == ["interaction"]
+    fit(config, runs)
+    assert names == ["interaction"] * 2
+
+
+def test_a_killed_run_ends_the_same(config, runs, tmp_path, monkeypatch):
+    plain = StageRun.evaluate
+
+    def killed(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageRun, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path)
+    assert (tmp_path / "smoke" / "perception" / "last.ckpt").is_file()
+    assert not (tmp_path / "smoke" / "perception" / "card.json").exists()
+    monkeypatch.setattr(StageRun, "evaluate", plain)
+    fit(config, tmp_path)
+    for stage in STAGES:
+        for name in ("vla.safetensors", "predictions.jsonl"):
+            one, two = (root / "smoke" / stage / name for root in (runs, tmp_path))
+            assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_starts_from_any_handoff(config, runs, tmp_path, monkeypatch):
+    names = trained(monkeypatch)
+    parent = runs / "smoke" / "perception"
+    fit(replace(config, name="branch"), tmp_path, parent)
+    assert names == ["interaction"]
+    branch = tmp_path / "branch" / "interaction"
+    assert (branch / "vla.safetensors").read_bytes() == (
+        runs / "smoke" / "interaction" / "vla.safetensors"
+    ).read_bytes()
+    with pytest.raises(UserError, match="no stage of run"):
+        open_pipeline(config, tmp_path, branch)
+    weights = branch / "vla.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"x")
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        predict(config, tmp_path / "branch", "any")
+
+
+def test_test_predicts_again(config, runs):
+    path = runs / "smoke" / "interaction" / "predictions.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    open_pipeline(config, runs, progress=False).test()
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="no stage is finished"):
+        open_pipeline(replace(config, name="new"), runs, progress=False).test()
+
+
+def test_a_sample_is_planned_and_asked(config, runs, tmp_path):
+    records = (runs / "smoke" / "perception" / "predictions.jsonl").read_text().splitlines()
+    token = json.loads(records[-1])["sample_token"]
+    picture = tmp_path / "p.png"
+    plan = predict(config, runs / "smoke", token, picture=picture)
+    assert plan.stage == "interaction"
+    assert len(plan.waypoints) == 6  # constrained: readable without having learned to plan
+    assert picture.stat().st_size > 1000
+    answer = predict(config, runs / "smoke", token, "What is ahead?", picture)
+    assert answer.waypoints is None
+    with pytest.raises(UserError, match="'nothing' is not in"):
+        predict(config, runs / "smoke", "nothing")
