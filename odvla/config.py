@@ -36,7 +36,8 @@ def apply_overrides(config: _C, overrides: Iterable[str]) -> _C:
 
     Args:
         config: a dataclass instance; it is not changed.
-        overrides: applied in order.
+        overrides: all take effect at once, so that settings that depend on each other can be
+            changed together; of two for one key the later counts.
 
     Returns:
         The changed copy.
@@ -44,16 +45,17 @@ def apply_overrides(config: _C, overrides: Iterable[str]) -> _C:
     Raises:
         UserError: a text without "=", an unknown key, or a value of the wrong type.
     """
+    patch: dict[str, Any] = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {override!r} is not of the form key=value")
         try:
-            patch = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=True)
+            one = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=True)
         except (OmegaConfBaseException, YAMLError) as error:
             raise UserError(f"override {override!r} cannot be read: {_line(error)}") from error
-        config = _merge(config, patch, "")
-    return config
+        _lay_over(patch, one)
+    return _merge(config, patch, "")
 
 
 def apply_overlay(config: _C, path: Path) -> _C:
@@ -125,6 +127,15 @@ def config_hash(config: Any) -> str:
     """SHA-256 of the tree in a canonical form."""
     text = json.dumps(to_tree(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lay_over(patch: dict[str, Any], other: Any) -> None:
+    """Put the values of one nested dict into another."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(patch.get(key), dict):
+            _lay_over(patch[key], value)
+        else:
+            patch[key] = value
 
 
 def _merge(node: Any, patch: Any, key: str) -> Any:

@@ -69,6 +69,13 @@ def test_a_stage_is_trained_again_only_for_what_concerns_it():
     assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
 
 
+def test_settings_that_depend_on_each_other_are_changed_together():
+    assert apply_overrides(tiny(), ["data.version=v1.0-trainval", "town=null"]).town is None
+    assert (
+        apply_overrides(tiny(), ["town.scenes=20", "data.version=v1.0-trainval"]).town.scenes == 20
+    )
+
+
 def test_a_town_of_another_kind_lies_in_another_folder():
     towns = [
         TownSettings(),

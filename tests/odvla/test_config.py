@@ -76,6 +76,13 @@ def test_an_override_changes_one_value_of_the_class_that_stands_there(override, 
     assert isinstance(changed.wheels[1], Track)
 
 
+def test_overrides_take_effect_together_and_the_last_one_counts():
+    changed = apply_overrides(Car(), ["spare.spokes=3", "spare.size_m=2", "name=a", "name=b"])
+    assert changed.spare == Wheel(2.0, 3)
+    assert changed.name == "b"
+    assert apply_overrides(Car(), []) == Car()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
