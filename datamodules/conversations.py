@@ -141,7 +141,7 @@ class LanguageDataModule(NuScenesDataModule):
             kind="plan",
             turns=self.dialect.turns("plan", None, ego),
             reference="",
-            meta={"command": COMMANDS[int(ego.command[0])]},
+            meta={"command": COMMANDS[int(ego.command[0])], "form": self.dialect.plan_form},
         )
 
 

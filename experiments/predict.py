@@ -14,7 +14,7 @@ from experiments.prepare import build_model, data_module
 from experiments.sample_pictures import MIN_SCORE, full_size_frame, scene_picture
 from experiments.schema import ExperimentConfig
 from odvla.errors import UserError
-from odvla.language.grammar import plan_grammar
+from odvla.language.grammar import Range, plan_grammar
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import ParseFailure, parse_waypoints
 from odvla.weights import load_weights
@@ -68,11 +68,17 @@ def predict(
     load_weights(vla, folder / WEIGHTS)
     vla.eval()
     settings = config.stages.planning or PlanningStageConfig()
-    grammar = plan_grammar(tokenizer) if question is None and settings.constrained else None
+    grammar = None
+    if question is None and settings.constrained:
+        grammar = plan_grammar(tokenizer, Range(*settings.x_range_m), Range(*settings.y_range_m))
     with torch.inference_mode():
         found = vla.generate(batch, grammar=grammar, max_new_tokens=settings.max_new_tokens)
     text = found.texts[0]
-    plan = parse_waypoints(text) if question is None else ParseFailure("not a plan")
+    plan = (
+        parse_waypoints(text, config.dialect.plan_form)
+        if question is None
+        else ParseFailure("not a plan")
+    )
     waypoints = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
     boxes = None
     if found.perception is not None and found.perception.agent_steps:

@@ -252,7 +252,12 @@ class DrivingVLA(nn.Module):
         self, batch: Batch, state: VLAState | None, blind: bool
     ) -> tuple[Perception | None, VLAState | None]:
         if batch.clip:
-            return self.perceive(batch.clip, state, blind=blind)
+            if len(batch.clip) > 1:
+                # History only sets the temporal state; as in BEVFormer, no gradient flows through
+                # it, which halves the work.
+                with torch.no_grad():
+                    _, state = self.perceive(batch.clip[:-1], state, blind=blind)
+            return self.perceive(batch.clip[-1:], state, blind=blind)
         if batch.talk is not None:
             slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
             if len(slots):

@@ -8,7 +8,7 @@ from functools import cached_property
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
 from odvla.language.grammar import Grammar, Range, plan_grammar
-from odvla.language.waypoints import ParseFailure, parse_waypoints
+from odvla.language.waypoints import ParseFailure, PlanForm, parse_waypoints
 from odvla.types import Batch, Conversation
 from odvla.vla import DrivingVLA
 from stages.base import Record
@@ -29,7 +29,8 @@ class PlanningStageConfig(TalkConfig):
     freeze: FreezePlan = TRAINS
     optimiser: OptimiserConfig = OPTIMISER
     constrained: bool = True  # only well-formed plans can be written
-    x_range_m: tuple[float, float] = (-99.99, 99.99)  # what a constrained plan may reach
+    # What the numbers of a constrained plan may be: of its points or steps, as the dialect has it.
+    x_range_m: tuple[float, float] = (-99.99, 99.99)
     y_range_m: tuple[float, float] = (-99.99, 99.99)
     blind_test: bool = True  # the test is taken once more with black images
 
@@ -65,7 +66,8 @@ class PlanningStage(TalkStage):
         """A plan beside the path that was driven (from the poses, with its mask)."""
         if batch.plan is None:
             raise UserError(f"the batch of {conversation.id} has no plan targets to compare with")
-        plan = parse_waypoints(text)
+        form: PlanForm = "steps" if conversation.meta.get("form") == "steps" else "points"
+        plan = parse_waypoints(text, form)
         return {
             **super().record(conversation, text, batch, row),
             "waypoints": None if isinstance(plan, ParseFailure) else plan.xy.tolist(),

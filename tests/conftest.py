@@ -7,8 +7,17 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with the reference's recorded arrays and real nuScenes fragments, where it exists."""
+    """The folder of reference recordings and real nuScenes fragments, where it exists."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("the folder ../shared with reference recordings is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def town_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole town of two train scenes and one val scene (v1.0-trainval) with small images."""
+    from datamodules.town.make import TownConfig, make_town
+
+    out = tmp_path_factory.mktemp("town") / "root"
+    return make_town(TownConfig(str(out), scenes=3, image_size=(96, 54), workers=1))

@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from odvla.errors import UserError
-from odvla.language.waypoints import DECIMALS, format_number
+from odvla.language.waypoints import DECIMALS, PlanForm, format_number
 from odvla.types import COMMANDS, HISTORY, EgoState, Turn
 
 # Kinds of conversation a dialect must word (Conversation.kind).
@@ -48,6 +49,7 @@ class Wording:
     caption_object_answer: str
     speed_scale: float  # the prompt's velocity and heading speed, as a multiple of m/s
     signed_zero: bool  # a number that rounds to zero from below is written -0.00
+    steps: bool  # history and plan as motion from point to point instead of positions
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,21 @@ class Dialect:
             "speed": ego.heading_speed[0].item() * scale,
             "steering": ego.steering[0].item(),
         }
-        points = [f"({self._number(x)},{self._number(y)})" for x, y in ego.history[0].tolist()]
+        past = ego.history[0]
+        if self.wording.steps:
+            past = torch.diff(past, dim=0, append=past.new_zeros(1, 2))  # up to the car itself
+        points = [f"({self._number(x)},{self._number(y)})" for x, y in past.tolist()]
         assert len(points) == HISTORY
         return {
             **{name: self._number(value) for name, value in numbers.items()},
             "history": ",".join(points),
             "command": COMMANDS[int(ego.command[0])],
         }
+
+    @property
+    def plan_form(self) -> PlanForm:
+        """How plans are written: needed to read them back."""
+        return "steps" if self.wording.steps else "points"
 
     def object_caption_answer(self, caption: str, x_m: float, y_m: float) -> str:
         """An object's caption with its place (LIDAR_TOP frame), as stage 1 has it."""
@@ -184,6 +194,7 @@ def _checked(content: Any, path: Path) -> Wording:
         "answers": dict,
         "speed_scale": float,
         "signed_zero": bool,
+        "steps": bool,
     }
     if not isinstance(content, dict) or set(content) != set(types):
         raise UserError(f"dialect {path} must hold the entries {', '.join(types)} and no others")
@@ -211,6 +222,7 @@ def _checked(content: Any, path: Path) -> Wording:
         caption_object_answer=answer,
         speed_scale=content["speed_scale"],
         signed_zero=content["signed_zero"],
+        steps=content["steps"],
     )
 
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from odvla.types import WAYPOINTS
 
+# Positions of the six points, or the motion from each to the next (from the origin to the first).
+PlanForm = Literal["points", "steps"]
 TRAJ_START, TRAJ_END = "<traj_start>", "<traj_end>"
 UNKNOWN = "UN"
 DECIMALS = 2
@@ -66,16 +69,21 @@ def format_number(value: float) -> str:
     return text[1:] if float(text) == 0.0 and text.startswith("-") else text
 
 
-def format_waypoints(waypoints: ArrayLike) -> str:
+def format_waypoints(waypoints: ArrayLike, form: PlanForm = "points") -> str:
     """Write a plan.
 
     Args:
         waypoints: [6, 2] metres, x right, y forward.
+        form: what is written of it. Steps are differences of rounded positions, so that reading
+            them back gives the same numbers as points do.
 
     Raises:
         ValueError: another shape, or a number that is not finite.
     """
-    return f"{TRAJ_START}{format_future(waypoints)}{TRAJ_END}"
+    written = np.asarray(waypoints, dtype=np.float64)
+    if form == "steps" and written.ndim == 2:
+        written = np.diff(written.round(DECIMALS), axis=0, prepend=0.0)
+    return f"{TRAJ_START}{format_future(written)}{TRAJ_END}"
 
 
 def format_future(positions: ArrayLike, known: ArrayLike | None = None) -> str:
@@ -104,12 +112,15 @@ def format_future(positions: ArrayLike, known: ArrayLike | None = None) -> str:
     return f"[{','.join(points)}]"
 
 
-def parse_waypoints(text: str) -> Waypoints | ParseFailure:
-    """Read a plan: the whole text must be what `format_waypoints` may write."""
+def parse_waypoints(text: str, form: PlanForm = "points") -> Waypoints | ParseFailure:
+    """Read a plan: the whole text must be what `format_waypoints` may write in that form."""
     found = _PLAN.fullmatch(text.strip())
     if found is None:
         return ParseFailure(f"not of the form {TRAJ_START}[...]{TRAJ_END}")
-    return _parse_points(found[1], _POINT)
+    plan = _parse_points(found[1], _POINT)
+    if form == "points" or isinstance(plan, ParseFailure):
+        return plan
+    return Waypoints(plan.xy.cumsum(axis=0).round(DECIMALS), plan.known)
 
 
 def parse_future(text: str) -> Waypoints | ParseFailure:

@@ -32,8 +32,10 @@ def config(town_root):
         data=replace(
             base.data,
             root=str(town_root),
+            version=next(town_root.glob("v1.0-*")).name,
+            image_size=(64, 36),
             train_scenes=1,
-            interaction=replace(base.data.interaction, eval_frames_stride=4),
+            interaction=replace(base.data.interaction, eval_frames_stride=10),
         ),
         stages=replace(
             base.stages,

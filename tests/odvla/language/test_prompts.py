@@ -54,7 +54,8 @@ def test_the_compact_dialect_tells_everything_a_plan_needs():
     (user,) = Dialect("compact").turns("plan", None, ego_state())
     assert user.text.endswith(
         "v(0.50,3.25) w(0.12) a(0.00,0.75) d(-1.50)\n"
-        "past[(-4.00,-3.00),(-2.00,-2.00),(-1.00,-1.00),(0.00,-0.50)]\n"
+        # The motion between (-4,-3), (-2,-2), (-1,-1), (0,-0.5) and the car.
+        "past[(2.00,1.00),(1.00,1.00),(1.00,0.50),(0.00,0.50)]\n"
         "goal turn left\nplan<trajectory>"
     )
 
