@@ -111,7 +111,7 @@ class SceneRenderer:
         self, intrinsics: FloatArray, global_to_camera: FloatArray, daylight: float
     ) -> Image:
         """Sky above the horizon, hazy ground below it."""
-        width, height = self.rig.width, self.rig.height
+        height = self.rig.height
         horizon = int(np.ceil(intrinsics[1, 2]))  # the cameras look level
         plane = intrinsics @ global_to_camera[:3][:, [0, 1, 3]]
         near = self._warp(self._near, CELL_M, plane)
@@ -185,10 +185,10 @@ def visibility(log: SceneLog, tick: int, rig: Rig) -> dict[int, float]:
                 )
             )
         for _, number, hull in sorted(outlines, key=lambda item: -item[0]):
-            cv2.fillConvexPoly(ids, hull, number)
+            cv2.fillConvexPoly(ids, hull, (number,))
             if number >= 0:
                 blank = np.zeros((54, 96), np.uint8)
-                cv2.fillConvexPoly(blank, hull, 1)
+                cv2.fillConvexPoly(blank, hull, (1,))
                 alone[number] = int(blank.sum())
         counts = np.bincount(ids[ids >= 0], minlength=max(best, default=0) + 1)
         for number, area in alone.items():
@@ -201,8 +201,7 @@ _GROUNDS: dict[str, tuple[RoadMap, Image, Image]] = {}
 
 
 def _ground_levels(road: RoadMap) -> tuple[Image, Image]:
-    """The painted ground, fine and coarse; kept for the process, because painting takes a
-    second."""
+    """The painted ground, fine and coarse; kept for the process, as painting takes a second."""
     known = _GROUNDS.get(road.location)
     if known is None or known[0].lanes is not road.lanes:
         ground = paint_ground(road)

@@ -39,8 +39,7 @@ FACES: dict[str, tuple[tuple[tuple[int, int, int], ...], tuple[int, int, int]]] 
 
 @dataclass(frozen=True)
 class Decal:
-    """A painted rectangle on a face: u runs along the face, v up, both 0 to 1. colour None: brake
-    light."""
+    """A painted rectangle on a face: u runs along it, v up, both 0 to 1; no colour: brake light."""
 
     face: str
     u: tuple[float, float]
