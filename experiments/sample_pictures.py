@@ -12,10 +12,11 @@ import numpy as np
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.evaluation import read_predictions
 from experiments.pictures import ScenePicture, draw_scene, save_picture
-from odvla.types import Batch
+from odvla.types import Batch, BevGrid
 
 MIN_SCORE = 0.3  # of boxes that are drawn
 PREDICTIONS = "predictions.jsonl"
+MAP_CELL_M = 0.25
 
 
 def scene_picture(
@@ -57,13 +58,16 @@ def scene_picture(
 
 
 def full_size_frame(data: NuScenesDataModule, sample_token: str) -> Batch:
-    """One key-frame with the images as they are on disk: models see small ones, people large ones.
+    """One key-frame as people want to see it: images as on disk, the map in cells of MAP_CELL_M.
 
     Raises:
         UserError: no such sample, or a broken image.
     """
     size = data.index.frame(sample_token).cameras[0].size
-    config = replace(data.config, image_size=size, cache_images=False)
+    x_min, x_max, y_min, y_max = data.config.grid.extent_m
+    rows, columns = round((y_max - y_min) / MAP_CELL_M), round((x_max - x_min) / MAP_CELL_M)
+    fine = BevGrid(x_min, y_min, MAP_CELL_M, rows, columns)
+    config = replace(data.config, image_size=size, cache_images=False, grid=fine)
     return NuScenesDataModule(config).frame(sample_token)
 
 

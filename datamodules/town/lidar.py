@@ -22,7 +22,7 @@ GROUND_INTENSITY, BODY_INTENSITY, HOUSE_INTENSITY = 12.0, 60.0, 30.0
 class LidarScan:
     """One sweep.
 
-    `points` [P, 5] are x, y, z in the LIDAR_TOP frame, intensity and ring, as in nuScenes' .pcd.bin.
+    `points` [P, 5] are x, y, z in the LIDAR_TOP frame, intensity, ring: nuScenes' .pcd.bin.
     `hits` counts the points on each actor by id: nuScenes' num_lidar_pts.
     """
 
