@@ -52,7 +52,7 @@ DRIVE = replace(SPEAK, lr=LearningRates(encoder=2e-4, queries=2e-4, projectors=2
 
 
 def tiny() -> ExperimentConfig:
-    """All stages in ten minutes on two cores, on a town of 60 scenes."""
+    """All stages in ten minutes on two cores, on a town of 40 scenes."""
     size = (160, 90)
     talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 10, "eval_frames_stride": 8}
     return ExperimentConfig(
@@ -87,7 +87,6 @@ def tiny() -> ExperimentConfig:
             ),
             planning=GPTDriverConfig(
                 batch_size=24,
-                clip_length=2,
                 eval_batch_size=10,
                 whole_futures_only=True,
             ),
@@ -95,19 +94,19 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=700, gradient_clip=5.0),
-            alignment=AlignmentStageConfig(optimiser=SPEAK, steps=40, max_new_tokens=48),
-            instruction=InstructionStageConfig(optimiser=SPEAK, steps=100, max_new_tokens=48),
-            interaction=InteractionStageConfig(optimiser=SPEAK, steps=120, max_new_tokens=72),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=250, gradient_clip=5.0),
+            alignment=AlignmentStageConfig(optimiser=SPEAK, steps=30, max_new_tokens=48),
+            instruction=InstructionStageConfig(optimiser=SPEAK, steps=80, max_new_tokens=48),
+            interaction=InteractionStageConfig(optimiser=SPEAK, steps=100, max_new_tokens=72),
             planning=PlanningStageConfig(
                 optimiser=DRIVE,
-                steps=300,
+                steps=180,
                 max_new_tokens=72,
                 x_range_m=(-5.0, 5.0),
                 y_range_m=(-2.0, 9.0),
             ),
         ),
-        town=TownSettings(scenes=60, image_size=size),
+        town=TownSettings(scenes=40, image_size=size),
         trainer=TrainerConfig(accelerator="cpu"),
     )
 
@@ -142,27 +141,22 @@ def smoke() -> ExperimentConfig:
 
 
 def small() -> ExperimentConfig:
-    """Larger and longer than `tiny`, on a town of 100 scenes: about an hour on two cores."""
+    """`tiny` for longer, with a larger language model, on a town of 100 scenes: over an hour."""
     base = tiny()
-    size = (320, 180)
     steps = {
-        "perception": 3000,
-        "alignment": 500,
-        "instruction": 1500,
-        "interaction": 1000,
-        "planning": 2500,
+        "perception": 2000,
+        "alignment": 150,
+        "instruction": 500,
+        "interaction": 500,
+        "planning": 1500,
     }
+    language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
         base,
         name="small",
-        model=replace(
-            base.model,
-            encoder=DeformableBEVConfig(dim=64, rows=32, columns=32, cell_m=2.0, layers=2),
-            language=LanguageConfig(hidden=192, layers=4, heads=6, kv_heads=2, intermediate=576),
-        ),
-        data=replace(base.data, version="v1.0-trainval", image_size=size, cache_images=False),
+        model=replace(base.model, language=language),
         stages=_with_steps(base, steps),
-        town=TownSettings(scenes=100, image_size=size),
+        town=replace(base.town or TownSettings(), scenes=100),
     )
 
 
