@@ -25,6 +25,13 @@ NEAR_M = 0.25
 LAMP = {"red": (255, 40, 30), "yellow": (255, 200, 30), "green": (40, 240, 110)}
 SHADOW = (44, 45, 48)
 FIXED_BITS = 4
+# Fixed-point coordinates must fit in 32 bits; a tighter bound bends the edges of what is close.
+FARTHEST_PIXEL = 1e6
+ID_SIZE = (192, 108)  # of the id images that visibility is counted in
+# Sides, bottom and top of a box as rows of _corners.
+BOX_FACES = np.array(
+    [[0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7], [0, 1, 2, 3], [4, 5, 6, 7]]
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,17 @@ class Faces:
     body: NDArray[np.int64]
     part_centre: FloatArray
     body_centre: FloatArray
+
+
+NO_FACES = Faces(
+    quads=np.zeros((0, 4, 3)),
+    normals=np.zeros((0, 3)),
+    colours=np.zeros((0, 3)),
+    bright=np.zeros(0, bool),
+    body=np.zeros(0, np.int64),
+    part_centre=np.zeros((0, 3)),
+    body_centre=np.zeros((0, 3)),
+)
 
 
 class SceneRenderer:
@@ -165,21 +183,26 @@ def visibility(log: SceneLog, tick: int, rig: Rig) -> dict[int, float]:
     best = dict.fromkeys((number for number, _ in near), 0.0)
     for name, mount in rig.cameras.items():
         global_to_camera = np.linalg.inv(ego @ mount.matrix)
-        scale = np.diag([96 / rig.width, 54 / rig.height, 1.0])
+        scale = np.diag([ID_SIZE[0] / rig.width, ID_SIZE[1] / rig.height, 1.0])
         intrinsics = scale @ rig.intrinsics[name]
-        ids = np.full((54, 96), -2, np.int32)
+        ids = np.full(ID_SIZE[::-1], -2, np.int32)
         alone = {}
         outlines = []
         for number, corners in near + blocks:
             camera = _to_camera(corners, global_to_camera)
-            if camera[:, 2].min() < NEAR_M:
+            if camera[:, 2].max() < NEAR_M:
                 continue
-            pixels = _project(camera, intrinsics)
-            if pixels[:, 0].max() < 0 or pixels[:, 0].min() > 96:
+            middle = camera.mean(0)
+            if camera[:, 2].min() < NEAR_M:
+                # A body alongside reaches behind the camera; the rest of it still hides others.
+                sides = [_cut(side) for side in camera[BOX_FACES]]
+                camera = np.concatenate([side for side in sides if len(side)])
+            pixels = np.clip(_project(camera, intrinsics) - 0.5, -FARTHEST_PIXEL, FARTHEST_PIXEL)
+            if pixels[:, 0].max() < -0.5 or pixels[:, 0].min() > ID_SIZE[0] - 0.5:
                 continue
             outlines.append(
                 (
-                    float(camera[:, 2].mean()),
+                    float(np.linalg.norm(middle)),
                     number,
                     cv2.convexHull(pixels.round().astype(np.int32)),
                 )
@@ -187,7 +210,7 @@ def visibility(log: SceneLog, tick: int, rig: Rig) -> dict[int, float]:
         for _, number, hull in sorted(outlines, key=lambda item: -item[0]):
             cv2.fillConvexPoly(ids, hull, (number,))
             if number >= 0:
-                blank = np.zeros((54, 96), np.uint8)
+                blank = np.zeros(ID_SIZE[::-1], np.uint8)
                 cv2.fillConvexPoly(blank, hull, (1,))
                 alone[number] = int(blank.sum())
         counts = np.bincount(ids[ids >= 0], minlength=max(best, default=0) + 1)
@@ -230,10 +253,13 @@ def _actor_faces(log: SceneLog, tick: int) -> list[Faces]:
 def _block_faces(road: RoadMap) -> Faces:
     return _joined(
         [
-            _body_faces(
-                block.kind, block.position, block.yaw, block.size[[1, 0, 2]], block.colour, None
-            )
-            for block in road.blocks
+            NO_FACES,  # a map may have no scenery
+            *(
+                _body_faces(
+                    block.kind, block.position, block.yaw, block.size[[1, 0, 2]], block.colour, None
+                )
+                for block in road.blocks
+            ),
         ]
     )
 
@@ -365,7 +391,7 @@ def _fill(canvas: Image, quad: FloatArray, intrinsics: FloatArray, colour: tuple
         quad = _cut(quad)
         if len(quad) < 3:
             return
-    pixels = np.clip(_project(quad, intrinsics) - 0.5, -4000, 4000)
+    pixels = np.clip(_project(quad, intrinsics) - 0.5, -FARTHEST_PIXEL, FARTHEST_PIXEL)
     points = np.round(pixels * 2**FIXED_BITS).astype(np.int32)
     cv2.fillConvexPoly(canvas, points, colour, cv2.LINE_AA, FIXED_BITS)
 
