@@ -36,6 +36,11 @@ def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> Experime
     """
     root = config.data.folder
     if not (root / config.data.version).is_dir() and config.town is not None:
+        if config.town.version != config.data.version:
+            raise UserError(
+                f"{root} holds no {config.data.version}, and the experiment's town of "
+                f"{config.town.scenes} scenes would be {config.town.version}"
+            )
         root = root / config.town.folder_name
         if not (root / config.data.version).is_dir():
             make_town_at(root, config.town, progress=progress)

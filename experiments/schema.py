@@ -200,11 +200,6 @@ class ExperimentConfig:
                 f"run has its stages out of order ({', '.join(self.run)}); the order is "
                 f"{', '.join(STAGES)}"
             )
-        if self.town is not None and self.town.version != self.data.version:
-            raise UserError(
-                f"a town of {self.town.scenes} scenes is written as {self.town.version}, but "
-                f"data.version is {self.data.version}"
-            )
 
     def stage_tree(self, stage: str) -> dict[str, Any]:
         """All settings that a stage's result depends on, besides what it starts from."""

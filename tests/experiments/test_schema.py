@@ -44,7 +44,6 @@ def test_every_listed_experiment_builds(name, tokenizer):
         ("name=a/b", "cannot be one"),
         ("data.planning.image_size=[1,2]", "data.image_size decides"),
         ("data.planning.seed=3", "the experiment decides"),
-        ("data.version=v1.0-test", "data.version is v1.0-test"),
         ("stages.planning.steps=-1", "steps or epochs"),
         ("trainer.devices=0", "trainer.devices"),
         ("trainer.precision=16", "32-true, bf16-mixed"),

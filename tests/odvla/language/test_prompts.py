@@ -104,6 +104,7 @@ def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
         "answers": {"caption_object": "{caption}{x}{y}"},
         "speed_scale": 1.0,
         "signed_zero": False,
+        "steps": False,
     }
     good = tmp_path / "good.yaml"
     good.write_text(yaml.safe_dump(content))
