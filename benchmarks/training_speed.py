@@ -1,6 +1,6 @@
 """Samples per second of every training stage, and where its time goes.
 
-    python benchmarks/stages.py [EXPERIMENT] [key=value ...]
+    python benchmarks/training_speed.py [EXPERIMENT] [key=value ...]
 
 All stages are timed in one run on the experiment's own data (a town is made if there is none) with
 a fresh model. A sample is a key-frame in the perception stage and a conversation in the others.
