@@ -107,7 +107,7 @@ def main() -> None:
         rate, shares = time_stage(config, stage, tokenizer)
         cells = [f"{100 * shares[name]:.0f} %" for name in PARTS]
         table.add_row(stage, f"{rate:.1f}", *cells, f"{100 * (1 - sum(shares.values())):.0f} %")
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
