@@ -133,7 +133,9 @@ def evaluate_planning(
     return planning_tables(planners), {"planning": numbers}
 
 
-def evaluate_language(records: Sequence[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
+def evaluate_language(
+    records: Sequence[Record], stage: str
+) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
     """NuScenes-QA accuracy and caption scores, whichever the records hold."""
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
@@ -180,7 +182,7 @@ def evaluate_language(records: Sequence[Record]) -> tuple[tuple[ResultTable, ...
     if rows:
         tables.append(
             ResultTable(
-                title="Captions",
+                title=f"Captions after {stage}",
                 columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "n"),
                 rows=tuple(rows),
                 note="pycocoevalcap with a pure-Python tokenizer, one reference each, x 100.",
@@ -314,8 +316,8 @@ def evaluate(
     ] = {
         "planning": lambda found: evaluate_planning(data, found, baseline or EgoMLPConfig()),
         "interaction": evaluate_forecasts,
-        "instruction": evaluate_language,
-        "alignment": evaluate_language,
+        "instruction": lambda found: evaluate_language(found, "instruction"),
+        "alignment": lambda found: evaluate_language(found, "alignment"),
         "perception": lambda found: evaluate_detection(
             data, found, folder / "perception" / "detection"
         ),

@@ -14,7 +14,7 @@ from datamodules.town.tables import interpolated, yaw_quaternion
 
 GRAVITY = 9.80665
 STEERING_RATIO = 15.0  # steering wheel to road wheels
-WHEEL_RPM_PER_MPS = 31.5  # measured wheels of a Renault Zoe turn about so fast
+WHEEL_RPM_PER_MPS = 31.7  # a real message: 265.7 rpm at 30.19 km/h
 POSE_HZ, STEERING_HZ, MONITOR_HZ, ZOE_HZ = 50, 100, 2, 20
 
 
@@ -73,14 +73,19 @@ def _pose(log: SceneLog) -> list[dict[str, Any]]:
     ]
 
 
+def _motion(
+    log: SceneLog, times: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Speed, acceleration, steering wheel angle (rad) and yaw rate at any times."""
+    ego = log.ego
+    signals = (ego.track.speed, ego.acceleration, STEERING_RATIO * ego.steering, ego.yaw_rate)
+    speed, accel, steering, turn = (interpolated(signal, times) for signal in signals)
+    return speed, accel, steering, turn
+
+
 def _vehicle_monitor(log: SceneLog) -> list[dict[str, Any]]:
     times = _times(log, MONITOR_HZ)
-    speed, accel = (
-        interpolated(log.ego.track.speed, times),
-        interpolated(log.ego.acceleration, times),
-    )
-    steering = STEERING_RATIO * interpolated(log.ego.steering, times)
-    turn = interpolated(log.ego.yaw_rate, times)
+    speed, accel, steering, turn = _motion(log, times)
     return [
         {
             "utime": utime,
@@ -105,12 +110,7 @@ def _vehicle_monitor(log: SceneLog) -> list[dict[str, Any]]:
 
 def _zoe(log: SceneLog) -> list[dict[str, Any]]:
     times = _times(log, ZOE_HZ)
-    speed, accel = (
-        interpolated(log.ego.track.speed, times),
-        interpolated(log.ego.acceleration, times),
-    )
-    steering = np.rad2deg(STEERING_RATIO * interpolated(log.ego.steering, times))
-    turn = interpolated(log.ego.yaw_rate, times)
+    speed, accel, steering, turn = _motion(log, times)
     wheels = ("FL_wheel_speed", "FR_wheel_speed", "RL_wheel_speed", "RR_wheel_speed")
     return [
         {
@@ -126,9 +126,9 @@ def _zoe(log: SceneLog) -> list[dict[str, Any]]:
             "requestedTorqueAfterProc": 0.0,
             "left_solar": 0,
             "right_solar": 0,
-            "steer_raw": round(float(steering[i]), 3),
+            "steer_raw": round(float(np.rad2deg(steering[i])), 3),
             "steer_offset_can": 0.0,
-            "steer_corrected": round(float(steering[i]), 3),
+            "steer_corrected": round(float(np.rad2deg(steering[i])), 3),
         }
         for i, utime in enumerate(_utimes(log, ZOE_HZ))
     ]

@@ -68,9 +68,9 @@ class TrafficLight:
 
 @dataclass(frozen=True)
 class StaticBlock:
-    """Scenery that is drawn but never annotated: houses, trees, poles."""
+    """Scenery that is drawn but never annotated: houses and trees."""
 
-    kind: Literal["building", "tree", "pole"]
+    kind: Literal["building", "tree"]
     position: FloatArray  # [2] centre
     size: FloatArray  # width (x), length (y), height in metres
     yaw: float

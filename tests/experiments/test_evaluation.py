@@ -87,7 +87,7 @@ def test_language_tables_group_by_kind():
         for said in ("yes", "no")
     ]
     records.append({"kind": "narration", "text": "the car waits", "reference": "the car waits"})
-    tables, numbers = evaluate_language(records)
+    tables, numbers = evaluate_language(records, "instruction")
     assert numbers["question_answering"]["accuracy"] == 50.0
     assert numbers["captions"]["narration"]["bleu"][0] == pytest.approx(100, rel=1e-3)
     assert "| most common answer | 100.0 |" in tables[0].markdown()

@@ -1,5 +1,6 @@
 """The written town against the unmodified nuscenes-devkit, and against its own log."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -110,8 +111,6 @@ def test_a_box_sits_on_its_object_in_the_image(devkit):
                 a.id for a in scene.actors if tokens.annotation(name, keyframe, a.id) == box.token
             )
             others = tuple(a for a in scene.actors if a.id != number)
-            import dataclasses
-
             without = renderer.render(
                 dataclasses.replace(scene, actors=others), keyframe * TICKS_PER_KEYFRAME
             )["CAM_FRONT"]
