@@ -43,7 +43,8 @@ class AgentFutures(FrameRecords[int]):
         row = np.array([record])
         positions, mask = futures(self.index, row)
         box = boxes_in_lidar(self.index, row, frame)[0]
-        answer = format_future(positions[0], mask[0])
+        decimals = self.dialect.plan_form.decimals
+        answer = format_future(positions[0], mask[0], decimals)
         token = data.token[record].decode()
         return Conversation(
             id=f"{token}_future",
@@ -52,7 +53,11 @@ class AgentFutures(FrameRecords[int]):
             turns=self.dialect.turns("agent", answer, ego),
             reference=answer,
             object_box=tuple(float(value) for value in box),
-            meta={"class": DETECTION_CLASSES[data.label[record]], "annotation_token": token},
+            meta={
+                "class": DETECTION_CLASSES[data.label[record]],
+                "annotation_token": token,
+                "decimals": str(decimals),
+            },
         )
 
 

@@ -7,13 +7,12 @@ of the model can be handed an answer by accident.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from odvla.rows import join_rows
 from odvla.types import (
     AgentTargets,
     Batch,
@@ -91,35 +90,5 @@ class Collate:
         return self.tokenizer.tokenise(conversations, rows)
 
 
-def join_rows(items: Sequence[_T]) -> _T:
-    """Concatenate dataclasses of tensors along the batch dimension, recursively.
-
-    Targets of any number of agents or map elements are padded with zeros (mask False) to the
-    largest number first.
-    """
-    first = items[0]
-    joined: dict[str, Any] = {}
-    assert is_dataclass(first)
-    assert not isinstance(first, type)
-    for field in fields(first):
-        values = [getattr(item, field.name) for item in items]
-        if isinstance(values[0], Tensor):
-            joined[field.name] = torch.cat(_padded(values))
-        elif isinstance(values[0], tuple):
-            joined[field.name] = tuple(entry for value in values for entry in value)
-        else:
-            joined[field.name] = join_rows(values)
-    return type(first)(**joined)
-
-
 def _join_steps(rows: Sequence[tuple[_T, ...]]) -> tuple[_T, ...]:
     return tuple(join_rows(step) for step in zip(*rows, strict=True))
-
-
-def _padded(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors [1, n, ...] padded at the end of dimension 1 to the largest n."""
-    if tensors[0].dim() < 2 or len({tensor.shape[1] for tensor in tensors}) == 1:
-        return tensors
-    longest = max(tensor.shape[1] for tensor in tensors)
-    tail = tensors[0].dim() - 2
-    return [F.pad(t, [0, 0] * tail + [0, longest - t.shape[1]]) for t in tensors]

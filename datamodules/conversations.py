@@ -90,10 +90,9 @@ class LanguageDataModule(NuScenesDataModule):
     def picker(self, split: str) -> Picker:
         """Chooses frames and conversations of a split."""
         config = self.config
-        frames = [n for scene in self.scenes(split) for n in range(scene.first, scene.last)]
         return Picker(
             self.index,
-            frames,
+            self.frame_numbers(split),
             self.source(split),
             per_frame=config.conversations_per_frame,
             every=config.every_conversation,
@@ -141,7 +140,10 @@ class LanguageDataModule(NuScenesDataModule):
             kind="plan",
             turns=self.dialect.turns("plan", None, ego),
             reference="",
-            meta={"command": COMMANDS[int(ego.command[0])], "form": self.dialect.plan_form},
+            meta={
+                "command": COMMANDS[int(ego.command[0])],
+                **self.dialect.plan_form.as_meta(),
+            },
         )
 
 

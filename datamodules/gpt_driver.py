@@ -174,7 +174,8 @@ class Plans(FrameRecords[Driven]):
         """Word one plan."""
         if self.ego_from_cache:
             ego = record.ego()
-        answer = format_waypoints(record.waypoints, self.dialect.plan_form)
+        form = self.dialect.plan_form
+        answer = format_waypoints(record.waypoints, form, ego.last_step[0])
         return Conversation(
             id=f"{frame.token}_trajectory",
             sample_token=frame.token,
@@ -184,7 +185,7 @@ class Plans(FrameRecords[Driven]):
             meta={
                 "command": COMMANDS[int(ego.command[0])],
                 "known_waypoints": str(int(record.mask.sum())),
-                "form": self.dialect.plan_form,
+                **form.as_meta(),
             },
         )
 

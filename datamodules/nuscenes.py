@@ -229,8 +229,13 @@ class NuScenesDataModule(lightning.LightningDataModule):
 
     def picker(self, split: str) -> Picker:
         """Chooses frames and conversations of a split."""
-        frames = [n for scene in self.scenes(split) for n in range(scene.first, scene.last)]
-        return Picker(self.index, frames, self.source(split), seed=self.config.seed)
+        return Picker(
+            self.index, self.frame_numbers(split), self.source(split), seed=self.config.seed
+        )
+
+    def frame_numbers(self, split: str) -> list[int]:
+        """Every key-frame of a split, scene by scene."""
+        return [n for scene in self.scenes(split) for n in range(scene.first, scene.last)]
 
     def scenes(self, split: str) -> tuple[SceneRecord, ...]:
         """Scenes of a split in table order, cut to train_scenes or eval_scenes."""
@@ -255,12 +260,18 @@ class NuScenesDataModule(lightning.LightningDataModule):
         """Test scenes streamed side by side, one key-frame a batch."""
         return self.stream("test")
 
-    def stream(self, split: str) -> DataLoader:
-        """Any split streamed as in evaluation."""
+    def stream(self, split: str, *, talk: bool = True, everything: bool = False) -> DataLoader:
+        """Any split streamed as in evaluation.
+
+        Args:
+            split: train, val or test.
+            talk: with the conversations about its key-frames.
+            everything: in every process all scenes, not this process's part of them.
+        """
+        place = (0, 1) if everything else self._place()
         bounds = [(scene.first, scene.last) for scene in self.scenes(split)]
-        batches = StreamBatchSampler(
-            bounds, self.config.eval_batch_size, self.picker(split), *self._place()
-        )
+        picker = self.picker(split) if talk else Picker(self.index, self.frame_numbers(split))
+        batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place)
         return PlainLoader(batch_sampler=batches, **self._loader_settings(split))
 
     def frame(

@@ -23,26 +23,14 @@ FloatArray = NDArray[np.float64]
 
 def constant_velocity(ego: EgoState) -> FloatArray:
     """Keep the displacement of the last 0.5 s: [S, 6, 2] metres in LIDAR_TOP at t0."""
-    step = -ego.history[:, -1].double().numpy()  # from 0.5 s ago to the origin
+    step = ego.last_step.double().numpy()
     return step[:, None] * np.arange(1, WAYPOINTS + 1)[None, :, None]
 
 
 def ego_features(ego: EgoState) -> Tensor:
-    """Every field of the ego state side by side, the command one-hot: [S, 20]."""
+    """All the model is told about the car, the command one-hot: [S, 20]."""
     command = nn.functional.one_hot(ego.command, len(COMMANDS)).float()
-    return torch.cat(
-        [
-            ego.velocity,
-            ego.yaw_rate[:, None],
-            ego.acceleration,
-            ego.can_accel,
-            ego.heading_speed[:, None],
-            ego.steering[:, None],
-            ego.history.flatten(1),
-            command,
-        ],
-        dim=1,
-    )
+    return torch.cat([ego.motion, command], dim=1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiments.schema import ExperimentConfig
 from odvla.errors import UserError
 from odvla.language.grammar import Range, plan_grammar
 from odvla.language.tokenizer import ChatTokenizer
-from odvla.language.waypoints import ParseFailure, parse_waypoints
+from odvla.language.waypoints import ParseFailure, Waypoints, median_plan, parse_waypoints
 from odvla.weights import load_weights
 from stages.planning import PlanningStageConfig
 
@@ -70,15 +70,27 @@ def predict(
     settings = config.stages.planning or PlanningStageConfig()
     grammar = None
     if question is None and settings.constrained:
-        grammar = plan_grammar(tokenizer, Range(*settings.x_range_m), Range(*settings.y_range_m))
+        grammar = plan_grammar(
+            tokenizer,
+            Range(*settings.x_range_m),
+            Range(*settings.y_range_m),
+            config.dialect.plan_form.decimals,
+        )
     with torch.inference_mode():
-        found = vla.generate(batch, grammar=grammar, max_new_tokens=settings.max_new_tokens)
-    text = found.texts[0]
-    plan = (
-        parse_waypoints(text, config.dialect.plan_form)
-        if question is None
-        else ParseFailure("not a plan")
-    )
+        found = vla.generate(
+            batch,
+            grammar=grammar,
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.samples if question is None else 1,
+        )
+    text = found.texts[0][0]
+    plan: Waypoints | ParseFailure = ParseFailure("not a plan")
+    if question is None:
+        assert batch.ego is not None
+        form, last_step = config.dialect.plan_form, batch.ego.last_step[0]
+        if settings.samples > 1:
+            text = median_plan(found.texts[0], form, last_step)
+        plan = parse_waypoints(text, form, last_step)
     waypoints = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
     boxes = None
     if found.perception is not None and found.perception.agent_steps:

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from callbacks.freeze import FreezeByName
 from callbacks.guards import NonFiniteLossGuard
 from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
+from callbacks.remember import RememberTokens
 from callbacks.resume import LAST, ResumeCheckpoint
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.handoff import (
@@ -44,6 +45,7 @@ from experiments.schema import ExperimentConfig
 from experiments.tracking import Tracker
 from odvla.config import flat, to_tree
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.token_memory import TokenMemory
 from odvla.vla import DrivingVLA
 from odvla.weights import file_sha256, load_weights, save_weights, write_atomically
 from stages.base import StageModule
@@ -66,6 +68,7 @@ class Workshop:
     vla: DrivingVLA
     tracker: Tracker
     progress: bool
+    memories: dict[str, TokenMemory] = field(default_factory=dict)
 
 
 def is_first_process() -> bool:
@@ -127,12 +130,15 @@ class StageRun:
         module = self._module(self._total_steps(data))
         logger = shop.tracker.stage(self.stage, resume, self._params(), self._tags())
         freeze = FreezeByName(shop.vla, self.settings.freeze)
+        callbacks: list[Callback] = [
+            freeze,
+            NonFiniteLossGuard(self.stage),
+            ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
+        ]
+        if getattr(self.settings, "remember_tokens", False):
+            callbacks.append(RememberTokens(self.stage, shop.memories, progress=shop.progress))
         trainer = self._trainer(
-            [
-                freeze,
-                NonFiniteLossGuard(self.stage),
-                ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
-            ],
+            callbacks,
             logger=logger,
             max_steps=module.total_steps,
             max_epochs=-1,

@@ -87,10 +87,14 @@ def fake_conversations(
     """One conversation of each kind for each row; object_boxes [B, 9] for kinds with an object."""
     dialect = dialect or Dialect("compact")
     conversations = []
+    form = dialect.plan_form
     for row, waypoints in enumerate(plan.waypoints):
         one = EgoState(**{name: value[row : row + 1] for name, value in vars(ego).items()})
         for kind in kinds:
-            answers = {"plan": format_waypoints(waypoints), "agent": format_future(waypoints)}
+            answers = {
+                "plan": format_waypoints(waypoints, form, one.last_step[0]),
+                "agent": format_future(waypoints, decimals=form.decimals),
+            }
             answer = answers.get(kind, "There is a car ahead.")
             has_object = kind in ("agent", "caption_object") and object_boxes is not None
             conversations.append(
@@ -100,6 +104,7 @@ def fake_conversations(
                     kind=kind,
                     turns=dialect.turns(kind, answer, one, "What is ahead?"),
                     reference=answer,
+                    meta=form.as_meta(),
                     object_box=tuple(object_boxes[row].tolist())
                     if has_object and object_boxes is not None
                     else None,

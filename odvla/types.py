@@ -58,7 +58,7 @@ BOX_DIM = 9
 Stream = Literal["scene", "track", "map"]
 # Ids of the slots of a text; negative, so that no vocabulary can collide (the reference's values).
 IGNORE_INDEX = -100
-SLOT_IDS = {"<SCENE>": -201, "<TRACK>": -202, "<MAP>": -203, "<OBJECT>": -204}
+SLOT_IDS = {"<SCENE>": -201, "<TRACK>": -202, "<MAP>": -203, "<OBJECT>": -204, "<EGO>": -205}
 
 _T = TypeVar("_T")
 
@@ -130,6 +130,27 @@ class EgoState(TensorFields):
     steering: Float[Tensor, " B"]
     history: Float[Tensor, "B 4 2"]  # positions 2.0, 1.5, 1.0, 0.5 s ago
     command: Int64[Tensor, " B"]  # index into COMMANDS
+
+    @property
+    def last_step(self) -> Tensor:
+        """Motion of the last 0.5 s [B, 2], metres."""
+        return -self.history[:, -1]
+
+    @property
+    def motion(self) -> Tensor:
+        """Every field but the command side by side [B, 17]."""
+        return torch.cat(
+            [
+                self.velocity,
+                self.yaw_rate[:, None],
+                self.acceleration,
+                self.can_accel,
+                self.heading_speed[:, None],
+                self.steering[:, None],
+                self.history.flatten(1),
+            ],
+            dim=1,
+        )
 
 
 @jaxtyped(typechecker=beartype)

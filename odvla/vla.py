@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from odvla.errors import UserError
+from odvla.language import generation
 from odvla.language.causal_lm import CausalLM, LanguageConfig
-from odvla.language.generation import generate_greedy
 from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
 from odvla.language.tokenizer import ChatTokenizer
@@ -39,6 +40,10 @@ from odvla.types import (
     TokenSet,
 )
 
+# What EgoState.motion is divided by, so that all is of the order of 1 in town driving: velocity,
+# yaw rate, acceleration (metres a step), CAN acceleration, heading speed, steering, history.
+EGO_SCALES = (5.0, 5.0, 0.3, 0.5, 0.5, 2.0, 2.0, 5.0, 0.3, *([5.0] * 8))
+
 
 @dataclass(frozen=True)
 class VLAConfig:
@@ -54,6 +59,10 @@ class VLAConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     # An object is the track whose centre is nearest, if it is as near as this.
     object_match_m: float = 2.0
+    # Put the ego state into the text as one projected token, too, where the dialect has <EGO>: a
+    # language model that nobody has pre-trained takes long to learn what digits mean. Not in the
+    # paper.
+    ego_token: bool = False
 
     def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
         """The model, for texts of this tokenizer.
@@ -77,7 +86,7 @@ class VLAState(TensorFields):
 class Perception:
     """What the vision half made of a clip; of its last frame unless said otherwise."""
 
-    features: SceneFeatures
+    features: SceneFeatures | None  # None where only the tokens were kept
     tokens: dict[str, TokenSet]  # by stream, before projection
     agent_steps: tuple[AgentPredictions, ...]  # one a step of the clip; () without agent queries
     map_predictions: MapPredictions | None
@@ -98,17 +107,19 @@ class TalkOutput:
 
 @dataclass(frozen=True)
 class Generation:
-    """Written answers, one a conversation of the batch."""
+    """Written answers to the conversations of a batch."""
 
-    texts: tuple[str, ...]  # "" where unmatched
+    texts: tuple[tuple[str, ...], ...]  # as many a conversation as asked for; () where unmatched
     unmatched: tuple[bool, ...]  # the conversation's object has no track
-    new_tokens: tuple[int, ...]  # tokens written, without the end token
+    new_tokens: tuple[int, ...]  # tokens written, without the end tokens
     perception: Perception | None
     state: VLAState | None
 
 
 class DrivingVLA(nn.Module):
     """The whole model; see the module's text."""
+
+    ego_scales: Tensor
 
     def __init__(self, config: VLAConfig, tokenizer: ChatTokenizer) -> None:
         super().__init__()
@@ -133,6 +144,9 @@ class DrivingVLA(nn.Module):
             self.queries[module.stream] = module
             widths[module.stream] = module.dim
         self.language: CausalLM = config.language.build(len(tokenizer))
+        if config.ego_token:
+            widths["ego"] = len(EGO_SCALES)
+            self.register_buffer("ego_scales", torch.tensor(EGO_SCALES), persistent=False)
         self.projectors = nn.ModuleDict(
             {
                 stream: config.projector.build(dim, self.language.hidden)
@@ -178,16 +192,27 @@ class DrivingVLA(nn.Module):
     # -- talking --------------------------------------------------------------------------------
 
     def forward(
-        self, batch: Batch, state: VLAState | None = None, *, blind: bool = False
+        self,
+        batch: Batch,
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        seen: Perception | None = None,
     ) -> TalkOutput:
         """Next-token loss of the batch's conversations.
+
+        Args:
+            batch: conversations, and what they are about.
+            state: what the previous call returned; None at the start.
+            blind: see `perceive`.
+            seen: what `perceive` makes of the batch, where that is known already.
 
         Raises:
             UserError: a conversation is longer than the language model's context, or its text has
                 slots and the batch no images.
         """
         assert batch.talk is not None
-        perception, state = self._look(batch, state, blind)
+        perception, state = (seen, state) if seen else self._look(batch, state, blind)
         talk, tokens = batch.talk, self._objects(batch.talk, perception)
         kept = (tokens != -1).nonzero()[:, 0]
         unmatched, matched = len(tokens) - len(kept), int((tokens >= 0).sum())
@@ -195,7 +220,7 @@ class DrivingVLA(nn.Module):
             # Nothing to learn here, but every process of a distributed run must take the step.
             kept = kept.new_zeros(1)
             talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
-        spliced = self._spliced(talk, tokens, kept, perception)
+        spliced = self._spliced(batch, talk, tokens, kept, perception)
         loss, logits, labels = self.language(spliced)
         return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
 
@@ -208,8 +233,10 @@ class DrivingVLA(nn.Module):
         grammar: Grammar | None = None,
         max_new_tokens: int = 128,
         blind: bool = False,
+        seen: Perception | None = None,
+        samples: int = 1,
     ) -> Generation:
-        """Answer the batch's conversations greedily.
+        """Answer the batch's conversations.
 
         Args:
             batch: conversations are read up to their last answer, which is not looked at.
@@ -217,33 +244,37 @@ class DrivingVLA(nn.Module):
             grammar: what may be written; None: anything.
             max_new_tokens: most tokens an answer may have.
             blind: see `perceive`.
+            seen: see `forward`.
+            samples: 1 writes the most likely tokens; more draws so many answers at random. They
+                depend on the conversation's id, not on the batch.
 
         Raises:
             UserError: as `forward`.
         """
-        perception, state = self._look(batch, state, blind)
+        perception, state = (seen, state) if seen else self._look(batch, state, blind)
         if batch.talk is None:  # all scenes of this group have ended, or the frame has no talk
             return Generation((), (), (), perception, state)
         talk, tokens = batch.talk, self._objects(batch.talk, perception)
-        kept = (tokens != -1).nonzero()[:, 0]
-        answers: list[list[int]] = [[] for _ in tokens]
+        kept = (tokens != -1).nonzero()[:, 0].repeat_interleave(samples)
+        answers: list[list[list[int]]] = [[] for _ in tokens]
         if len(kept):
             places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
             prompt = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
-            spliced = self._spliced(prompt, tokens, kept, perception, pad_left=True)
-            new = generate_greedy(
+            spliced = self._spliced(batch, prompt, tokens, kept, perception, pad_left=True)
+            new = generation.generate(
                 self.language,
                 spliced,
                 self.tokenizer.end_id,
                 max_new_tokens=max_new_tokens,
                 grammar=grammar,
+                seeds=_seeds(talk, kept, samples),
             )
             for row, ids in zip(kept.tolist(), new, strict=True):
-                answers[row] = ids
+                answers[row].append(ids)
         return Generation(
-            texts=tuple(self.tokenizer.decode(ids) for ids in answers),
+            texts=tuple(tuple(map(self.tokenizer.decode, drawn)) for drawn in answers),
             unmatched=tuple((tokens == -1).tolist()),
-            new_tokens=tuple(len(ids) for ids in answers),
+            new_tokens=tuple(sum(map(len, drawn)) for drawn in answers),
             perception=perception,
             state=state,
         )
@@ -275,6 +306,7 @@ class DrivingVLA(nn.Module):
 
     def _spliced(
         self,
+        batch: Batch,
         talk: Talk,
         object_token: Tensor,
         rows: Tensor,
@@ -288,6 +320,10 @@ class DrivingVLA(nn.Module):
             stream: (self.projectors[stream](tokens.feats), tokens.mask)
             for stream, tokens in (perception.tokens.items() if perception else ())
         }
+        if self.config.ego_token and batch.ego is not None:
+            state = batch.ego.motion / self.ego_scales
+            here = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
+            streams["ego"] = (self.projectors["ego"](state[:, None]), here)
         text = self.language.embed(talk.input_ids.clamp(min=0))
         spliced = splice(text, talk, streams, object_token[rows], pad_left=pad_left)
         if spliced.embeds.shape[1] > self.language.max_positions:
@@ -297,6 +333,14 @@ class DrivingVLA(nn.Module):
                 f"tokens, more than the language model's {self.language.max_positions} positions"
             )
         return spliced
+
+
+def _seeds(talk: Talk, rows: Tensor, samples: int) -> list[int]:
+    """A seed for each of the conversations `rows`, each of which comes `samples` times in a row."""
+    if samples == 1:
+        return []
+    names = [talk.conversations[row].id for row in rows.tolist()]
+    return [crc32(f"{name}/{place % samples}".encode()) for place, name in enumerate(names)]
 
 
 def _rows_of(talk: Talk, rows: Tensor) -> Talk:

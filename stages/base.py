@@ -17,9 +17,10 @@ from torch import Tensor
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
+from odvla.token_memory import TokenMemory
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, VLAState
-from stages.optimisation import OptimiserConfig, parameter_groups
+from odvla.vla import DrivingVLA, Perception, VLAState
+from stages.optimisation import MuonWithAdamW, OptimiserConfig, parameter_groups
 
 Record = dict[str, Any]  # one line of predictions.jsonl
 EVERYTHING = FreezePlan()
@@ -124,6 +125,13 @@ class StageModule(lightning.LightningModule):
         self.seed = seed
         self.means = WeightedMeans()
         self.streams: dict[str, VLAState | None] = {}
+        self.memory: TokenMemory | None = None  # of a vision half that stays as it is
+
+    def recall(self, batch: Batch) -> Perception | None:
+        """What the vision half makes of the batch's last frames, where that is remembered."""
+        if self.memory is None or not batch.clip:
+            return None
+        return self.memory.recall(batch.clip[-1].sample_tokens)
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
         """What the stage minimises."""
@@ -180,21 +188,27 @@ class StageModule(lightning.LightningModule):
         self.streams = {}
 
     def configure_optimizers(self) -> Any:
-        """AdamW with one learning rate a component."""
+        """One learning rate a component."""
         settings = self.config.optimiser
-        groups = parameter_groups(self.vla.named_parameters())
-        optimiser = torch.optim.AdamW(
-            [
-                {
-                    "params": list(group.parameters),
-                    "lr": getattr(settings.lr, group.component),
-                    "weight_decay": settings.weight_decay if group.decays else 0.0,
-                    "name": f"{group.component}{'' if group.decays else '/no decay'}",
-                }
-                for group in groups
-            ],
-            betas=settings.betas,
-        )
+        groups = parameter_groups(self.vla.named_parameters(), muon=settings.muon > 0)
+        # Muon's groups first, as MuonWithAdamW orders them: the curves below follow this order.
+        groups.sort(key=lambda group: not group.muon)
+        options: list[dict[str, Any]] = [
+            {
+                "params": list(group.parameters),
+                "lr": getattr(settings.lr, group.component) * (settings.muon if group.muon else 1),
+                "weight_decay": settings.weight_decay if group.decays else 0.0,
+                "name": group.component
+                + ("/muon" if group.muon else "" if group.decays else "/no decay"),
+                "muon": group.muon,
+            }
+            for group in groups
+        ]
+        optimiser: torch.optim.Optimizer
+        if settings.muon > 0:
+            optimiser = MuonWithAdamW(options, settings.betas)
+        else:
+            optimiser = torch.optim.AdamW(options, betas=settings.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimiser, [self._curve(group.component) for group in groups]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,17 +38,24 @@ class InteractionStage(TalkStage):
     name = "interaction"
     config: InteractionStageConfig
 
-    @cached_property
-    def _grammar(self) -> Grammar:
-        return future_grammar(self.vla.tokenizer)
-
-    def grammar(self) -> Grammar | None:
+    def grammar(self, meta: Mapping[str, str]) -> Grammar | None:
         """Futures, or anything."""
-        return self._grammar if self.config.constrained else None
+        if not self.config.constrained:
+            return None
+        decimals = int(meta["decimals"])
+        if decimals not in self._grammars:
+            self._grammars[decimals] = future_grammar(self.vla.tokenizer, decimals=decimals)
+        return self._grammars[decimals]
+
+    @cached_property
+    def _grammars(self) -> dict[int, Grammar]:
+        return {}  # by number of decimals
 
     def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
         """An answer with its positions, and those that were driven."""
-        said, driven = parse_future(text), parse_future(conversation.reference)
+        decimals = int(conversation.meta["decimals"])
+        said = parse_future(text, decimals)
+        driven = parse_future(conversation.reference, decimals)
         if isinstance(driven, ParseFailure):
             raise ValueError(f"the future of {conversation.id} is malformed: {driven.reason}")
         return {

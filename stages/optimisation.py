@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from odvla.errors import UserError
@@ -58,6 +59,9 @@ class OptimiserConfig:
     final_lr: float = 0.0  # part of the peak that a cosine ends at
     weight_decay: float = 0.0  # of matrices; vectors (biases, norms) never decay
     betas: tuple[float, float] = (0.9, 0.999)
+    # Above 0: the language model's weight matrices learn by Muon, at this multiple of its rate. A
+    # model that starts from nothing needs far fewer steps; the paper's stages use AdamW alone.
+    muon: float = 0.0
 
     def __post_init__(self) -> None:
         """Check values.
@@ -65,6 +69,8 @@ class OptimiserConfig:
         Raises:
             UserError: naming the setting and its value.
         """
+        if self.muon < 0:
+            raise UserError(f"optimiser.muon is a multiple of a rate, not {self.muon}")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a part of all steps below 1, not {self.warmup}")
         if not 0 <= self.final_lr <= 1:
@@ -97,6 +103,7 @@ class ParameterGroup:
     component: str
     decays: bool
     parameters: tuple[nn.Parameter, ...]
+    muon: bool = False
 
 
 def component_of(name: str) -> str:
@@ -111,23 +118,78 @@ def component_of(name: str) -> str:
     raise UserError(f"parameter {name!r} belongs to none of {', '.join(COMPONENTS)}")
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, muon: bool = False
+) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group.
 
     Args:
         parameters: named_parameters() of the model.
+        muon: matrices inside the language model's layers get a group of their own.
 
     Raises:
         UserError: a trainable parameter belongs to no component, or none trains.
     """
-    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            key = (component_of(name), parameter.ndim > 1)
+            matrix = parameter.ndim == 2 and name.startswith("language.") and ".layers." in name
+            key = (component_of(name), parameter.ndim > 1, muon and matrix)
             found.setdefault(key, []).append(parameter)
     if not found:
         raise UserError("no parameter of the model trains")
-    return [ParameterGroup(*key, tuple(group)) for key, group in found.items()]
+    return [
+        ParameterGroup(component, decays, tuple(group), by_muon)
+        for (component, decays, by_muon), group in found.items()
+    ]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for some groups and AdamW for the others, as one optimiser.
+
+    Muon (Jordan et al. 2024) takes matrices only, and Lightning's automatic optimisation takes one
+    optimiser only.
+
+    Args:
+        groups: as for AdamW; those with "muon": True go to Muon.
+        betas: of AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__([dict(group) for group in groups], {})
+        matrices = [group for group in groups if group["muon"]]
+        rest = [group for group in groups if not group["muon"]]
+        # With this adjustment a rate means about what it means to AdamW, whatever the shape.
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, betas=betas))
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Let schedulers, which know this optimiser alone, change the parts' own groups."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of both."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
 
 
 def trained_counts(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
 from odvla.losses.perception import PerceptionLossConfig
+from odvla.rows import rows_of
 from odvla.types import Batch
 from odvla.vla import DrivingVLA, VLAState
 from stages.base import Record, StageConfig, StageLoss, StageModule, valid_rows
@@ -23,7 +24,6 @@ OPTIMISER = OptimiserConfig(
 )
 LOSSES = PerceptionLossConfig()
 DECIMALS = 4
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,6 @@ class PerceptionStage(StageModule):
                 }
             )
         return records
-
-
-def rows_of(value: _T, rows: Tensor) -> _T:
-    """The rows of a batch where `rows` [B] is True, in every tensor of nested dataclasses."""
-    return value if bool(rows.all()) else _select(value, rows)
-
-
-def _select(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, tuple):
-        return tuple(_select(item, rows) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        chosen = {f.name: _select(getattr(value, f.name), rows) for f in fields(value)}
-        return replace(value, **chosen)
-    return value
 
 
 def _rounded(values: Tensor) -> list[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
 from odvla.language.grammar import Grammar, Range, plan_grammar
-from odvla.language.waypoints import ParseFailure, PlanForm, parse_waypoints
+from odvla.language.waypoints import ParseFailure, PlanForm, median_plan, parse_waypoints
 from odvla.types import Batch, Conversation
 from odvla.vla import DrivingVLA
 from stages.base import Record
@@ -29,10 +30,22 @@ class PlanningStageConfig(TalkConfig):
     freeze: FreezePlan = TRAINS
     optimiser: OptimiserConfig = OPTIMISER
     constrained: bool = True  # only well-formed plans can be written
+    # 1: the most likely text, as in the paper. More: the median of so many plans drawn at random.
+    samples: int = 1
     # What the numbers of a constrained plan may be: of its points or steps, as the dialect has it.
     x_range_m: tuple[float, float] = (-99.99, 99.99)
     y_range_m: tuple[float, float] = (-99.99, 99.99)
     blind_test: bool = True  # the test is taken once more with black images
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        super().__post_init__()
+        if self.samples < 1:
+            raise UserError(f"planning needs at least 1 sample, not {self.samples}")
 
     def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> PlanningStage:
         """The stage on a model."""
@@ -45,14 +58,34 @@ class PlanningStage(TalkStage):
     name = "planning"
     config: PlanningStageConfig
 
-    @cached_property
-    def _grammar(self) -> Grammar:
-        bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
-        return plan_grammar(self.vla.tokenizer, *bounds)
-
-    def grammar(self) -> Grammar | None:
+    def grammar(self, meta: Mapping[str, str]) -> Grammar | None:
         """Plans, or anything."""
-        return self._grammar if self.config.constrained else None
+        if not self.config.constrained:
+            return None
+        decimals = PlanForm.from_meta(meta).decimals
+        if decimals not in self._grammars:
+            bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
+            self._grammars[decimals] = plan_grammar(self.vla.tokenizer, *bounds, decimals=decimals)
+        return self._grammars[decimals]
+
+    @cached_property
+    def _grammars(self) -> dict[int, Grammar]:
+        return {}  # by number of decimals
+
+    @property
+    def samples(self) -> int:
+        """Plans that are drawn for one key-frame."""
+        return self.config.samples
+
+    def settle(
+        self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
+    ) -> str:
+        """The middle of the plans drawn."""
+        if self.samples == 1:
+            return texts[0]
+        assert batch.ego is not None
+        form = PlanForm.from_meta(conversation.meta)
+        return median_plan(texts, form, batch.ego.last_step[row].cpu())
 
     def predict_rows(self, batch: Batch) -> list[Record]:
         """One plan a key-frame, and one that was made without seeing."""
@@ -64,10 +97,10 @@ class PlanningStage(TalkStage):
 
     def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
         """A plan beside the path that was driven (from the poses, with its mask)."""
-        if batch.plan is None:
-            raise UserError(f"the batch of {conversation.id} has no plan targets to compare with")
-        form: PlanForm = "steps" if conversation.meta.get("form") == "steps" else "points"
-        plan = parse_waypoints(text, form)
+        if batch.plan is None or batch.ego is None:
+            raise UserError(f"the batch of {conversation.id} lacks plan targets or ego state")
+        form = PlanForm.from_meta(conversation.meta)
+        plan = parse_waypoints(text, form, batch.ego.last_step[row].cpu())
         return {
             **super().record(conversation, text, batch, row),
             "waypoints": None if isinstance(plan, ParseFailure) else plan.xy.tolist(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ class TalkConfig(StageConfig):
     """Settings of a stage that answers."""
 
     max_new_tokens: int = 128
+    # Show each key-frame to the frozen vision half once, before training, instead of in every step.
+    remember_tokens: bool = False
 
 
 class TalkStage(StageModule):
@@ -27,16 +30,29 @@ class TalkStage(StageModule):
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
         """Cross-entropy of the assistant's text, a mean over its tokens."""
+        seen = self.recall(batch)
         if batch.talk is None:
             # A streamed key-frame without conversations only moves the temporal state on.
-            _, state = self.vla.perceive(batch.clip, state)
+            if seen is None:
+                _, state = self.vla.perceive(batch.clip, state)
             return StageLoss(torch.zeros((), device=batch.valid.device), 0, state=state)
-        output = self.vla(batch, state)
+        output = self.vla(batch, state, seen=seen)
         return StageLoss(output.loss, output.labels.numel(), state=output.state)
 
-    def grammar(self) -> Grammar | None:
-        """What may be written; None: anything."""
+    def grammar(self, meta: Mapping[str, str]) -> Grammar | None:
+        """What may be written, given a conversation's `meta`; None: anything."""
         return None
+
+    @property
+    def samples(self) -> int:
+        """Answers that are drawn for one conversation; 1: the most likely one."""
+        return 1
+
+    def settle(
+        self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
+    ) -> str:
+        """One answer of several."""
+        return texts[0]
 
     def on_test_epoch_start(self) -> None:
         """Start to count, too."""
@@ -55,13 +71,16 @@ class TalkStage(StageModule):
     def answers(self, batch: Batch, *, blind: bool = False) -> list[Record]:
         """Answer a batch; `blind` zeroes the images, in a stream of its own."""
         stream = "blind" if blind else "seeing"
-        grammar = self.grammar()
+        # All conversations of an experiment share a dialect, and so the form of their numbers.
+        grammar = self.grammar(batch.talk.conversations[0].meta) if batch.talk else None
         found = self.vla.generate(
             batch,
             self.streams.get(stream),
             grammar=None if grammar is None else grammar.to(self.device),
             max_new_tokens=self.config.max_new_tokens,
             blind=blind,
+            seen=None if blind else self.recall(batch),
+            samples=self.samples,
         )
         self.streams[stream] = found.state
         if batch.talk is None:
@@ -69,8 +88,9 @@ class TalkStage(StageModule):
         records = []
         rows = batch.talk.frame_index.tolist()
         talks = zip(batch.talk.conversations, found.texts, found.unmatched, rows, strict=True)
-        for conversation, text, unmatched, row in talks:
+        for conversation, texts, unmatched, row in talks:
             if not unmatched:
+                text = self.settle(texts, conversation, batch, row)
                 records.append(self.record(conversation, text, batch, row))
         if not blind:
             self.unmatched += sum(found.unmatched)

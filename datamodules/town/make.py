@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+from threadpoolctl import threadpool_limits
 
 from datamodules.town.cameras import SceneRenderer, visibility
 from datamodules.town.can_bus import write_can_bus
@@ -165,16 +166,24 @@ def _run(
     """Scenes as they become ready, in any order."""
     if workers == 1 or len(jobs) == 1:
         for job in jobs:
-            yield job.index, make_scene(job)
+            with threadpool_limits(1):
+                result = make_scene(job)
+            yield job.index, result
         return
     # Started afresh, because a forked copy of a process with numerical threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    workers = min(workers, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
         waiting = {pool.submit(make_scene, job): job.index for job in jobs}
         while waiting:
             ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ready:
                 yield waiting.pop(future), future.result()
+
+
+def _one_thread() -> None:
+    """Nearly all matrices here are 4x4: to wake threads for one takes longer than to invert it."""
+    threadpool_limits(1)
 
 
 def _write_map(folder: Path, road: RoadMap, seed: int) -> None:

@@ -137,8 +137,8 @@ def _winding(
     left = np.array([-along[1], along[0]])
     # A wide street needs wider bends, or its inner kerb would fold over.
     most = 0.13 * length * (0.75 if lanes == 2 else 1.0)
-    bend = rng.choice([-1.0, 1.0]) * rng.uniform(0.0, most)
-    if rng.random() < 0.5:  # an S
+    bend = rng.choice([-1.0, 1.0]) * rng.uniform(0.45 * most, most)
+    if rng.random() < 0.75:  # an S
         knots = [
             (0.0, 0.0),
             (0.24, 0.0),

@@ -34,7 +34,7 @@ from datamodules.town.traffic import (
 WARM_UP_S = 4.0
 DURATION_S = 20.0
 ROUTE_M = 270.0
-USUAL_MPS = 5.8  # what one gets through the town at, bends and all
+USUAL_MPS = 7.0  # what one gets through the town at, bends and all
 REAR_AXLE_TO_CENTRE_M = 1.44
 EGO_BODY = Body("vehicle.car", (1.73, 4.084, 1.56), (230, 230, 230), "white", "car")
 EGO_FRONT_M = REAR_AXLE_TO_CENTRE_M + EGO_BODY.size_wlh[1] / 2
@@ -236,7 +236,7 @@ def _lights(
             continue
         arrival_s += (at - last) / USUAL_MPS
         last = at
-        wait_s = float(rng.uniform(1.0, 5.0)) if rng.random() < 0.5 else float(rng.uniform(-5, 0))
+        wait_s = float(rng.uniform(1.0, 5.0)) if rng.random() < 0.3 else float(rng.uniform(-5, 0))
         shift = -(arrival_s + wait_s) - lights[number].offset_s
         # All lights of a junction move together: their turns stay in order.
         centre = lights[number].position[:2]
@@ -254,7 +254,7 @@ def _leaders(path: Path, start: float, rng: np.random.Generator) -> list[Vehicle
     """Vehicles ahead on the ego car's own route that slow down and start again at times."""
     vehicles = []
     gap = float(rng.uniform(9, 34))
-    for number in range(int(rng.choice([0, 1, 2], p=[0.35, 0.45, 0.2]))):
+    for number in range(int(rng.choice([0, 1, 2], p=[0.65, 0.25, 0.1]))):
         kind = str(
             rng.choice(
                 ["car", "truck", "bus", "motorcycle", "bicycle"], p=[0.6, 0.16, 0.08, 0.1, 0.06]
@@ -265,7 +265,7 @@ def _leaders(path: Path, start: float, rng: np.random.Generator) -> list[Vehicle
         moods = []
         t = float(rng.uniform(0.5, 6)) if number == 0 else 99.0
         while t < DURATION_S:
-            slow = float(rng.choice([0.0, 2.0, 4.0], p=[0.3, 0.35, 0.35]))
+            slow = float(rng.choice([0.0, 2.0, 4.0], p=[0.15, 0.35, 0.5]))
             lasting = float(rng.uniform(1.5, 3.5))
             moods.append((t, t + lasting, slow))
             t += lasting + float(rng.uniform(3.5, 8.0))
@@ -293,7 +293,7 @@ def _others(
     """Traffic on the streets around the first part of the route."""
     way = path.points[(path.s > start - 30) & (path.s < start + 190)]
     taken = [vehicle.driver.path.position(vehicle.driver.s) for vehicle in vehicles]
-    wanted = int(rng.integers(11, 18))
+    wanted = int(rng.integers(9, 14))
     near = [
         lane.id
         for lane in road.lanes
@@ -305,7 +305,7 @@ def _others(
         if len(found) >= wanted:
             break
         lane = near[int(rng.integers(len(near)))]
-        if lane in path.lanes and rng.random() < 0.65:
+        if lane in path.lanes and rng.random() < 0.85:
             continue  # queues in front of the ego car are seldom, or all it would do is wait
         kind = str(
             rng.choice(
@@ -333,7 +333,7 @@ def _walkers(road: RoadMap, path: Path, start: float, rng: np.random.Generator) 
     """People on the pavements, and some who cross when the ego car comes."""
     walkers = []
     for enter, _, crossing in path.crossings:
-        if enter < start + 14 or rng.random() > 0.6:
+        if enter < start + 14 or rng.random() > 0.2:
             continue
         polygon = road.ped_crossings[crossing]
         middle = polygon.mean(0)

@@ -5,7 +5,7 @@ A trajectory's form is first an automaton over symbols (characters, and tags tha
 all of its characters are, whichever way the tokenizer cuts the text. Greedy decoding then takes the
 best of the allowed tokens, and every text it ends is one that `parse_waypoints` reads.
 
-Numbers have two decimals, no leading zeros, no minus before zero, and lie in a given range.
+Numbers have two decimals or one, no leading zeros, no minus before zero, and lie in a given range.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from odvla.errors import UserError
 from odvla.language.tokenizer import ChatTokenizer
-from odvla.language.waypoints import TRAJ_END, TRAJ_START, UNKNOWN
+from odvla.language.waypoints import DECIMALS, TRAJ_END, TRAJ_START, UNKNOWN
 from odvla.types import WAYPOINTS, TensorFields
 
 _WRITABLE = re.compile(rf"[-0-9.,()\[\]{UNKNOWN}]+")
@@ -76,6 +76,7 @@ class Range:
 class _Automaton:
     """Deterministic automaton over symbols, built by adding pieces behind a node."""
 
+    decimals: int = DECIMALS
     edges: list[dict[str, int]] = field(default_factory=list)
 
     def node(self) -> int:
@@ -94,26 +95,31 @@ class _Automaton:
 
     def number(self, source: int, bounds: Range) -> int:
         """Add a number within bounds; returns the node behind its last decimal."""
-        end = self.node()
-        self._unsigned(source, math.floor(round(bounds.high_m * 100, 6)), end, zero=True)
-        lowest = math.floor(round(-bounds.low_m * 100, 6))
+        end, unit = self.node(), 10**self.decimals
+        self._unsigned(source, math.floor(round(bounds.high_m * unit, 6)), end, zero=True)
+        lowest = math.floor(round(-bounds.low_m * unit, 6))
         if lowest > 0:
             self._unsigned(self.literal(source, "-"), lowest, end, zero=False)
         return end
 
     def _unsigned(self, source: int, most: int, end: int, *, zero: bool) -> None:
-        """Add 0.00 (0.01 unless `zero`) to `most` hundredths; whole metres with up to 2 digits."""
-        decimals: dict[tuple[int, bool], int] = {}
-        for whole in range(most // 100 + 1):
-            cap = 99 if whole < most // 100 else most % 100
+        """Add zero (unless `zero` is False) to `most` units of the last decimal."""
+        unit = 10**self.decimals
+        fractions: dict[tuple[int, bool], int] = {}
+        for whole in range(most // unit + 1):
+            cap = unit - 1 if whole < most // unit else most % unit
             key = (cap, zero or whole > 0)
-            if key not in decimals:
-                decimals[key] = self._decimals(*key, end)
-            self.literal(source, f"{whole}.", decimals[key])
+            if key not in fractions:
+                fractions[key] = self._fraction(*key, end)
+            self.literal(source, f"{whole}.", fractions[key])
 
-    def _decimals(self, cap: int, zero: bool, end: int) -> int:
-        """Add two decimals up to `cap`; returns the node before them."""
+    def _fraction(self, cap: int, zero: bool, end: int) -> int:
+        """Add the decimals up to `cap`; returns the node before them."""
         start = self.node()
+        if self.decimals == 1:
+            for tenths in range(0 if zero else 1, cap + 1):
+                self.edges[start][str(tenths)] = end
+            return start
         for tens in range(cap // 10 + 1):
             second = self.literal(start, str(tens))
             first_unit = 0 if zero or tens else 1
@@ -124,7 +130,10 @@ class _Automaton:
 
 
 def plan_grammar(
-    tokenizer: ChatTokenizer, x: Range | None = None, y: Range | None = None
+    tokenizer: ChatTokenizer,
+    x: Range | None = None,
+    y: Range | None = None,
+    decimals: int = DECIMALS,
 ) -> Grammar:
     """Plans as `format_waypoints` writes them.
 
@@ -132,21 +141,25 @@ def plan_grammar(
         tokenizer: whose tokens are constrained.
         x: range of the coordinate to the right; None: two digits.
         y: range of the coordinate to the front.
+        decimals: of every number.
     """
-    return _trajectory_grammar(tokenizer, (x or Range(), y or Range()), plan=True)
+    return _trajectory_grammar(tokenizer, (x or Range(), y or Range()), decimals, plan=True)
 
 
 def future_grammar(
-    tokenizer: ChatTokenizer, x: Range | None = None, y: Range | None = None
+    tokenizer: ChatTokenizer,
+    x: Range | None = None,
+    y: Range | None = None,
+    decimals: int = DECIMALS,
 ) -> Grammar:
     """Futures of agents as `format_future` writes them, unknown points included."""
-    return _trajectory_grammar(tokenizer, (x or Range(), y or Range()), plan=False)
+    return _trajectory_grammar(tokenizer, (x or Range(), y or Range()), decimals, plan=False)
 
 
 def _trajectory_grammar(
-    tokenizer: ChatTokenizer, bounds: tuple[Range, Range], *, plan: bool
+    tokenizer: ChatTokenizer, bounds: tuple[Range, Range], decimals: int, *, plan: bool
 ) -> Grammar:
-    automaton = _Automaton()
+    automaton = _Automaton(decimals)
     start = node = automaton.node()
     if plan:
         node = automaton.literal(node, [TRAJ_START])

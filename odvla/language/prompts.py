@@ -49,7 +49,7 @@ class Wording:
     caption_object_answer: str
     speed_scale: float  # the prompt's velocity and heading speed, as a multiple of m/s
     signed_zero: bool  # a number that rounds to zero from below is written -0.00
-    steps: bool  # history and plan as motion from point to point instead of positions
+    plan: PlanForm  # how plans and futures are written; the history of a plan of motion is motion
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Dialect:
             "steering": ego.steering[0].item(),
         }
         past = ego.history[0]
-        if self.wording.steps:
+        if self.wording.plan.values != "points":
             past = torch.diff(past, dim=0, append=past.new_zeros(1, 2))  # up to the car itself
         points = [f"({self._number(x)},{self._number(y)})" for x, y in past.tolist()]
         assert len(points) == HISTORY
@@ -152,16 +152,20 @@ class Dialect:
     @property
     def plan_form(self) -> PlanForm:
         """How plans are written: needed to read them back."""
-        return "steps" if self.wording.steps else "points"
+        return self.wording.plan
 
     def object_caption_answer(self, caption: str, x_m: float, y_m: float) -> str:
         """An object's caption with its place (LIDAR_TOP frame), as stage 1 has it."""
         return self.wording.caption_object_answer.format(
-            caption=caption.strip(), x=self._number(x_m), y=self._number(y_m)
+            caption=caption.strip(),
+            x=self._number(x_m, self.plan_form.decimals),
+            y=self._number(y_m, self.plan_form.decimals),
         )
 
-    def _number(self, value: float) -> str:
-        return f"{value:.{DECIMALS}f}" if self.wording.signed_zero else format_number(value)
+    def _number(self, value: float, decimals: int = DECIMALS) -> str:
+        if self.wording.signed_zero:
+            return f"{value:.{decimals}f}"
+        return format_number(value, decimals)
 
 
 @lru_cache
@@ -194,7 +198,7 @@ def _checked(content: Any, path: Path) -> Wording:
         "answers": dict,
         "speed_scale": float,
         "signed_zero": bool,
-        "steps": bool,
+        "plan": dict,
     }
     if not isinstance(content, dict) or set(content) != set(types):
         raise UserError(f"dialect {path} must hold the entries {', '.join(types)} and no others")
@@ -222,8 +226,17 @@ def _checked(content: Any, path: Path) -> Wording:
         caption_object_answer=answer,
         speed_scale=content["speed_scale"],
         signed_zero=content["signed_zero"],
-        steps=content["steps"],
+        plan=_plan_form(content["plan"], path),
     )
+
+
+def _plan_form(content: dict[str, Any], path: Path) -> PlanForm:
+    if set(content) != {"values", "decimals"} or type(content["decimals"]) is not int:
+        raise UserError(f"dialect {path}: plan must tell values and decimals, a number")
+    try:
+        return PlanForm(**content)
+    except UserError as error:
+        raise UserError(f"dialect {path}: {error}") from error
 
 
 def _line_fields(path: Path, name: str, line: Any) -> frozenset[str]:

@@ -25,6 +25,7 @@ SLOT_OF_STREAM = {
     "scene": SLOT_IDS["<SCENE>"],
     "track": SLOT_IDS["<TRACK>"],
     "map": SLOT_IDS["<MAP>"],
+    "ego": SLOT_IDS["<EGO>"],
 }
 OBJECT_ID = SLOT_IDS["<OBJECT>"]
 
@@ -78,7 +79,7 @@ def splice(
     Args:
         text: [G, L, D] embeddings of talk.input_ids (anything at slots).
         talk: ids, labels, mask and frame_index count.
-        streams: for "scene", "track", "map" the projected tokens [B, N, D] and which of them are
+        streams: for "scene", "track", "map", "ego" the projected tokens [B, N, D] and which are
             valid [B, N]; a missing stream has no tokens.
         object_token: int64 [G] index of the track token of each conversation's object; negative:
             nothing is put in its place.

@@ -3,7 +3,7 @@
 A plan is written `<traj_start>[(x,y),...,(x,y)]<traj_end>`: six points 0.5 s apart in the LIDAR_TOP
 frame of t0 (x right, y forward), metres with two decimals, no spaces. The future of another agent
 is written the same way without the tags, in the agent's own frame, and a point that is not known
-is `(UN,UN)`.
+is `(UN,UN)`. A PlanForm may write fewer decimals, and motion instead of points.
 
 Reading is strict: anything but one such text is a ParseFailure, to be counted. `reference_repair`
 is the released code's lenient way, for scoring texts that other programs wrote.
@@ -12,23 +12,21 @@ is the released code's lenient way, for scoring texts that other programs wrote.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from odvla.errors import UserError
 from odvla.types import WAYPOINTS
 
-# Positions of the six points, or the motion from each to the next (from the origin to the first).
-PlanForm = Literal["points", "steps"]
 TRAJ_START, TRAJ_END = "<traj_start>", "<traj_end>"
 UNKNOWN = "UN"
 DECIMALS = 2
+PlanValues = Literal["points", "steps", "changes"]
 
-_NUMBER = r"-?\d+\.\d{2}"
-_POINT = rf"\(({_NUMBER}),({_NUMBER})\)"
-_FUTURE_POINT = rf"\((?:({_NUMBER}),({_NUMBER})|{UNKNOWN},{UNKNOWN})\)"
 _PLAN = re.compile(re.escape(TRAJ_START) + r"\[(.*)\]" + re.escape(TRAJ_END))
 _FUTURE = re.compile(r"\[(.*)\]")
 # What the released evaluation mends before it looks for pairs, in its order; inferred from what it
@@ -49,6 +47,63 @@ _LOOSE_POINT = re.compile(r"\(([-+.\d]+),([-+.\d]+)\)")
 
 
 @dataclass(frozen=True)
+class PlanForm:
+    """How the six points of a plan become numbers.
+
+    Args:
+        values: "points", the positions, as the paper writes them. "steps", the motion from each
+            point to the next, from the origin to the first. "changes", the steps less the car's own
+            motion in the last 0.5 s: nothing but zeros says "drive on as you do", so that a model
+            that can hardly read starts from constant velocity and learns what differs from it.
+        decimals: of every number. Rounding is of the positions, so that it never adds up.
+
+    Raises:
+        UserError: there is no such form.
+    """
+
+    values: PlanValues = "points"
+    decimals: int = DECIMALS
+
+    def __post_init__(self) -> None:
+        """Check both settings."""
+        if self.values not in ("points", "steps", "changes"):
+            raise UserError(f"a plan is written as points, steps or changes, not {self.values!r}")
+        if not 1 <= self.decimals <= DECIMALS:
+            raise UserError(f"a plan has 1 or {DECIMALS} decimals, not {self.decimals}")
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, str]) -> PlanForm:
+        """The form that a conversation's plan is written in (`Conversation.meta`)."""
+        return cls(cast(PlanValues, meta["form"]), int(meta["decimals"]))
+
+    def as_meta(self) -> dict[str, str]:
+        """What `from_meta` reads."""
+        return {"form": self.values, "decimals": str(self.decimals)}
+
+    def numbers(self, positions: NDArray[np.float64], last_step: ArrayLike) -> NDArray[np.float64]:
+        """Positions [6, 2] as what is written of them; see `format_waypoints`."""
+        if self.values == "points":
+            return positions
+        steps = np.diff(positions.round(self.decimals), axis=0, prepend=0.0)
+        return steps - self._base(last_step)
+
+    def positions(self, numbers: NDArray[np.float64], last_step: ArrayLike) -> NDArray[np.float64]:
+        """The way back."""
+        if self.values == "points":
+            return numbers
+        return (numbers + self._base(last_step)).cumsum(axis=0).round(self.decimals)
+
+    def _base(self, last_step: ArrayLike) -> NDArray[np.float64]:
+        if self.values == "steps":
+            return np.zeros(2)
+        return np.asarray(last_step, dtype=np.float64).round(self.decimals)
+
+
+POINTS = PlanForm()
+STANDING = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Waypoints:
     """Points read from a text; `known` is False (and xy NaN) where the text says UN."""
 
@@ -63,35 +118,40 @@ class ParseFailure:
     reason: str
 
 
-def format_number(value: float) -> str:
-    """Two decimals; a zero has no sign (what rounds to -0.00 is written 0.00)."""
-    text = f"{value:.{DECIMALS}f}"
+def format_number(value: float, decimals: int = DECIMALS) -> str:
+    """Two decimals or fewer; a zero has no sign (what rounds to -0.00 is written 0.00)."""
+    text = f"{value:.{decimals}f}"
     return text[1:] if float(text) == 0.0 and text.startswith("-") else text
 
 
-def format_waypoints(waypoints: ArrayLike, form: PlanForm = "points") -> str:
+def format_waypoints(
+    waypoints: ArrayLike, form: PlanForm = POINTS, last_step: ArrayLike = STANDING
+) -> str:
     """Write a plan.
 
     Args:
         waypoints: [6, 2] metres, x right, y forward.
-        form: what is written of it. Steps are differences of rounded positions, so that reading
-            them back gives the same numbers as points do.
+        form: what is written of it.
+        last_step: [2] metres that the car moved in the 0.5 s before t0, for forms that need it.
 
     Raises:
         ValueError: another shape, or a number that is not finite.
     """
     written = np.asarray(waypoints, dtype=np.float64)
-    if form == "steps" and written.ndim == 2:
-        written = np.diff(written.round(DECIMALS), axis=0, prepend=0.0)
-    return f"{TRAJ_START}{format_future(written)}{TRAJ_END}"
+    if written.ndim == 2:
+        written = form.numbers(written, last_step)
+    return f"{TRAJ_START}{format_future(written, decimals=form.decimals)}{TRAJ_END}"
 
 
-def format_future(positions: ArrayLike, known: ArrayLike | None = None) -> str:
+def format_future(
+    positions: ArrayLike, known: ArrayLike | None = None, decimals: int = DECIMALS
+) -> str:
     """Write the future of an agent.
 
     Args:
         positions: [6, 2] metres, in the agent's own frame.
         known: [6] False where the position is not known; None means that all are.
+        decimals: of every number.
 
     Raises:
         ValueError: another shape, or a known number that is not finite.
@@ -106,33 +166,58 @@ def format_future(positions: ArrayLike, known: ArrayLike | None = None) -> str:
     if not np.isfinite(xy[mask]).all():
         raise ValueError("a trajectory must be finite to be written")
     points = [
-        f"({format_number(x)},{format_number(y)})" if is_known else f"({UNKNOWN},{UNKNOWN})"
+        f"({format_number(x, decimals)},{format_number(y, decimals)})"
+        if is_known
+        else f"({UNKNOWN},{UNKNOWN})"
         for (x, y), is_known in zip(xy.tolist(), mask.tolist(), strict=True)
     ]
     return f"[{','.join(points)}]"
 
 
-def parse_waypoints(text: str, form: PlanForm = "points") -> Waypoints | ParseFailure:
+def parse_waypoints(
+    text: str, form: PlanForm = POINTS, last_step: ArrayLike = STANDING
+) -> Waypoints | ParseFailure:
     """Read a plan: the whole text must be what `format_waypoints` may write in that form."""
     found = _PLAN.fullmatch(text.strip())
     if found is None:
         return ParseFailure(f"not of the form {TRAJ_START}[...]{TRAJ_END}")
-    plan = _parse_points(found[1], _POINT)
-    if form == "points" or isinstance(plan, ParseFailure):
+    plan = _parse_points(found[1], form.decimals, unknown_allowed=False)
+    if isinstance(plan, ParseFailure):
         return plan
-    return Waypoints(plan.xy.cumsum(axis=0).round(DECIMALS), plan.known)
+    return Waypoints(form.positions(plan.xy, last_step), plan.known)
 
 
-def parse_future(text: str) -> Waypoints | ParseFailure:
+def median_plan(texts: Sequence[str], form: PlanForm, last_step: ArrayLike) -> str:
+    """The plan in the middle of several: the median of each coordinate.
+
+    Of all plans it is the one with the least expected distance, coordinate by coordinate, where the
+    texts are drawn from what the model believes (minimum Bayes risk decoding, Kumar and Byrne
+    2004). The most likely text need not be near the middle.
+
+    Returns:
+        The plan as text; where none of the texts is a plan, the first of them.
+    """
+    plans = [parse_waypoints(text, form, last_step) for text in texts]
+    read = [plan.xy for plan in plans if isinstance(plan, Waypoints)]
+    if not read:
+        return texts[0]
+    return format_waypoints(np.median(read, axis=0), form, last_step)
+
+
+def parse_future(text: str, decimals: int = DECIMALS) -> Waypoints | ParseFailure:
     """Read an agent's future: the whole text must be what `format_future` may write."""
     found = _FUTURE.fullmatch(text.strip())
     if found is None:
         return ParseFailure("not of the form [...]")
-    return _parse_points(found[1], _FUTURE_POINT)
+    return _parse_points(found[1], decimals, unknown_allowed=True)
 
 
-def _parse_points(text: str, point: str) -> Waypoints | ParseFailure:
-    """Read `(x,y),(x,y),...` where every point matches the pattern `point`."""
+def _parse_points(text: str, decimals: int, *, unknown_allowed: bool) -> Waypoints | ParseFailure:
+    """Read `(x,y),(x,y),...`."""
+    number = rf"(-?\d+\.\d{{{decimals}}})"
+    point = rf"\({number},{number}\)"
+    if unknown_allowed:
+        point = rf"\((?:{number},{number}|{UNKNOWN},{UNKNOWN})\)"
     if re.fullmatch(rf"{point}(?:,{point})*", text) is None:
         return ParseFailure("a point is malformed")
     pairs = re.findall(point, text)

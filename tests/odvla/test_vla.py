@@ -164,7 +164,7 @@ def test_objects_without_a_track_are_left_out_and_counted():
     torch.testing.assert_close(model(replace(batch, talk=talk)).loss, output.loss)
     generation = model.generate(batch, max_new_tokens=4)
     assert generation.unmatched == (False, True, False, True)
-    assert generation.texts[1] == generation.texts[3] == ""
+    assert generation.texts[1] == generation.texts[3] == ()
     assert all(generation.new_tokens[g] > 0 for g in keep)
 
 
@@ -237,6 +237,30 @@ def test_what_cannot_be_built_is_refused_by_name():
         build(("scene", "scene"))
 
 
+def test_the_ego_token_tells_motion_and_never_the_command():
+    config = replace(build().config, ego_token=True)
+    model = config.build(TOKENIZER)
+    batch = batch_of(("plan",))
+    seen = []
+    model.language.register_forward_pre_hook(lambda _, args: seen.append(args[0].embeds))
+    faster = replace(batch.ego, velocity=batch.ego.velocity + 1)
+    turning = replace(batch.ego, command=(batch.ego.command + 1) % 3)
+    for ego in (batch.ego, faster, turning):
+        model(replace(batch, ego=ego))
+    plain, fast, turned = seen
+    changed = (plain != fast).any(-1)
+    # The text is the same: one place of each conversation has changed, where <EGO> stands.
+    assert changed.sum(1).tolist() == [1, 1]
+    assert plain.equal(turned)
+    # Without the token, that place is not there.
+    build()(batch)
+    model_without = build()
+    model_without.language.register_forward_pre_hook(lambda _, args: seen.append(args[0].embeds))
+    model_without(batch)
+    assert seen[-1].shape[1] == plain.shape[1] - 1
+    assert "ego" not in model_without.projectors
+
+
 def test_too_long_a_conversation_is_named():
     short = replace(LANGUAGE, max_positions=64)
     config = VLAConfig(MeanEncoderConfig(), (CameraQueriesConfig(),), language=short)
@@ -257,7 +281,7 @@ def test_answers_do_not_depend_on_the_batch_or_on_the_true_answer():
 def test_every_plan_under_the_grammar_parses_even_untrained():
     model, batch = build(), batch_of(("plan",), rows=4)
     texts = model.generate(batch, grammar=plan_grammar(TOKENIZER), max_new_tokens=110).texts
-    assert all(isinstance(parse_waypoints(text), Waypoints) for text in texts)
+    assert all(isinstance(parse_waypoints(text), Waypoints) for (text,) in texts)
 
 
 def test_bf16_and_gradient_checkpointing_change_speed_not_the_task():

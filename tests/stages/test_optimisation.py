@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from odvla.errors import UserError
-from stages.optimisation import COMPONENTS, OptimiserConfig, parameter_groups, trained_counts
+from stages.optimisation import (
+    COMPONENTS,
+    MuonWithAdamW,
+    OptimiserConfig,
+    parameter_groups,
+    trained_counts,
+)
+from stages.planning import PlanningStageConfig
 
 
 def test_every_trainable_parameter_is_in_one_group(make_vla):
@@ -54,3 +61,70 @@ def test_the_rate_warms_up_follows_a_cosine_and_waits_for_its_start():
     assert {constant.factor(step, 9, 0) for step in range(9)} == {1.0}
     with pytest.raises(UserError, match="warmup"):
         OptimiserConfig(warmup=2.0)
+
+
+def test_muon_gets_the_matrices_of_the_language_layers_and_no_others(make_vla):
+    vla = make_vla()
+    groups = parameter_groups(vla.named_parameters(), muon=True)
+    chosen = {id(p) for group in groups if group.muon for p in group.parameters}
+    names = {name for name, p in vla.named_parameters() if id(p) in chosen}
+    layers = [m for m in vla.language.model.model.layers.modules() if isinstance(m, nn.Linear)]
+    assert chosen == {id(layer.weight) for layer in layers}
+    assert not any("embed" in name or "norm" in name for name in names)
+    assert not any(group.muon for group in parameter_groups(vla.named_parameters()))
+
+
+def test_two_optimisers_in_one_step_as_they_do_alone():
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 6), (4,), (5, 3))]
+
+    def loss(values):
+        return sum(((value - 1) ** 3).sum() for value in values)
+
+    ours, alone = parameters(), parameters()
+    groups = [
+        {"params": [ours[0]], "lr": 0.1, "weight_decay": 0.01, "muon": True},
+        {"params": ours[1:], "lr": 0.02, "weight_decay": 0.0, "muon": False},
+    ]
+    both = MuonWithAdamW(groups, (0.9, 0.98))
+    muon = torch.optim.Muon([alone[0]], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(alone[1:], lr=0.02, weight_decay=0.0, betas=(0.9, 0.98))
+    halve = torch.optim.lr_scheduler.LambdaLR(both, lambda step: 0.5**step)
+    for step in range(4):
+        if step == 2:  # a new optimiser that continues
+            state = both.state_dict()
+            both = MuonWithAdamW(groups, (0.9, 0.98))
+            both.load_state_dict(state)
+            halve.optimizer = both
+        both.zero_grad()
+        loss(ours).backward()
+        both.step()
+        halve.step()
+        for optimiser in (muon, adamw):
+            optimiser.zero_grad()
+        loss(alone).backward()
+        for optimiser, rate in ((muon, 0.1), (adamw, 0.02)):
+            optimiser.step()
+            optimiser.param_groups[0]["lr"] = rate * 0.5 ** (step + 1)
+    assert all(a.equal(b) for a, b in zip(ours, alone, strict=True))
+
+
+def test_a_stage_with_muon_has_one_curve_for_each_group(make_vla, make_data, make_trainer):
+    settings = OptimiserConfig(muon=5.0, warmup=0.0)
+    config = PlanningStageConfig(optimiser=settings)
+    stage = config.build(make_vla(), 2)
+    made = stage.configure_optimizers()
+    optimiser, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert len(scheduler.base_lrs) == len(optimiser.param_groups)
+    for group, rate in zip(optimiser.param_groups, scheduler.base_lrs, strict=True):
+        component = group["name"].split("/")[0]
+        factor = 5.0 if group["muon"] else 1.0
+        assert rate == getattr(settings.lr, component) * factor
+        assert group["muon"] == group["name"].endswith("/muon")
+    make_trainer(max_steps=2).fit(config.build(make_vla(), 2), make_data("plan"))
+
+
+def test_a_negative_muon_rate_is_refused():
+    with pytest.raises(UserError, match="muon"):
+        OptimiserConfig(muon=-1.0)

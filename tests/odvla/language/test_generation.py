@@ -6,7 +6,7 @@ import torch
 from odvla.errors import UserError
 from odvla.fake_batch import fake_tokenizer
 from odvla.language.causal_lm import LanguageConfig
-from odvla.language.generation import generate_greedy
+from odvla.language.generation import generate
 from odvla.language.grammar import plan_grammar
 from odvla.language.splice import Spliced
 from odvla.language.waypoints import Waypoints, parse_waypoints
@@ -42,10 +42,10 @@ def prompts(language, rows):
 
 
 def test_greedy_equals_hugging_face_generate_alone_and_in_a_batch(language):
-    together = generate_greedy(language, prompts(language, (0, 1, 2)), 1, max_new_tokens=20)
+    together = generate(language, prompts(language, (0, 1, 2)), 1, max_new_tokens=20)
     for row in range(3):
         one = prompts(language, (row,))
-        alone = generate_greedy(language, one, 1, max_new_tokens=20)
+        alone = generate(language, one, 1, max_new_tokens=20)
         theirs = language.model.generate(
             inputs_embeds=one.embeds,
             attention_mask=one.attention_mask.long(),
@@ -60,16 +60,16 @@ def test_greedy_equals_hugging_face_generate_alone_and_in_a_batch(language):
 
 
 def test_rows_stop_at_their_own_end(language):
-    free = generate_greedy(language, prompts(language, (0, 1, 2)), -1, max_new_tokens=12)
+    free = generate(language, prompts(language, (0, 1, 2)), -1, max_new_tokens=12)
     end = free[0][3]
-    stopped = generate_greedy(language, prompts(language, (0, 1, 2)), end, max_new_tokens=12)
+    stopped = generate(language, prompts(language, (0, 1, 2)), end, max_new_tokens=12)
     for ids, whole in zip(stopped, free, strict=True):
         assert ids == (whole[: whole.index(end)] if end in whole else whole)
 
 
 def test_under_a_grammar_each_token_is_the_best_of_those_allowed(language):
     grammar = plan_grammar(TOKENIZER)
-    rows = generate_greedy(
+    rows = generate(
         language, prompts(language, (0, 1)), TOKENIZER.end_id, max_new_tokens=120, grammar=grammar
     )
     for row, ids in enumerate(rows):
@@ -88,7 +88,7 @@ def test_under_a_grammar_each_token_is_the_best_of_those_allowed(language):
 
 def test_an_answer_that_does_not_fit_is_refused(language):
     with pytest.raises(UserError, match="12 tokens and 2040 new ones exceed"):
-        generate_greedy(language, prompts(language, (1,)), 1, max_new_tokens=2040)
+        generate(language, prompts(language, (1,)), 1, max_new_tokens=2040)
 
 
 def test_broken_weights_are_refused_and_training_goes_on_as_before(language):
@@ -96,10 +96,10 @@ def test_broken_weights_are_refused_and_training_goes_on_as_before(language):
     embeds = prompts(language, (0,))
     small = Spliced(embeds.embeds[..., :16], *list(vars(embeds).values())[1:])
     broken.train()
-    written = generate_greedy(broken, small, -1, max_new_tokens=6)
+    written = generate(broken, small, -1, max_new_tokens=6)
     assert broken.training
-    assert written == generate_greedy(broken.eval(), small, -1, max_new_tokens=6)
+    assert written == generate(broken.eval(), small, -1, max_new_tokens=6)
     with torch.no_grad():
         broken.head.weight[3] = torch.nan
     with pytest.raises(UserError, match="logits are NaN"):
-        generate_greedy(broken, small, -1, max_new_tokens=6)
+        generate(broken, small, -1, max_new_tokens=6)

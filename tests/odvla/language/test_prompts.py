@@ -53,10 +53,7 @@ def test_the_reference_dialect_words_plans_as_the_released_code_does(shared):
 def test_the_compact_dialect_tells_everything_a_plan_needs():
     (user,) = Dialect("compact").turns("plan", None, ego_state())
     assert user.text.endswith(
-        "v(0.50,3.25) w(0.12) a(0.00,0.75) d(-1.50)\n"
-        # The motion between (-4,-3), (-2,-2), (-1,-1), (0,-0.5) and the car.
-        "past[(2.00,1.00),(1.00,1.00),(1.00,0.50),(0.00,0.50)]\n"
-        "goal turn left\nplan<trajectory>"
+        "<EGO>v(0.50,3.25) w(0.12) a(0.00,0.75) d(-1.50)\ngoal turn left\nplan<trajectory>"
     )
 
 
@@ -73,9 +70,13 @@ def test_every_kind_shows_its_question_and_object_and_never_its_answer(name, kin
 
 
 def test_an_ablation_leaves_its_part_out_and_nothing_else():
-    whole = Dialect("compact").request("plan", ego_state()).splitlines()
-    for part, start in (("ego", "v("), ("history", "past"), ("command", "goal")):
-        lines = Dialect("compact", without=(part,)).request("plan", ego_state()).splitlines()
+    whole = Dialect().request("plan", ego_state()).splitlines()
+    for part, start in (
+        ("ego", "Ego states"),
+        ("history", "Historical"),
+        ("command", "Mission"),
+    ):
+        lines = Dialect(without=(part,)).request("plan", ego_state()).splitlines()
         assert lines == [line for line in whole if not line.startswith(start)]
 
 
@@ -94,6 +95,9 @@ def test_object_captions_tell_the_place():
         ({"lines": {"scene": "{vx"}}, "unbalanced braces"),
         ({"lines": {}}, "uses unknown line 'scene'"),
         ({"answers": {"caption_object": "{caption}"}}, "must tell caption, x and y"),
+        ({"plan": {"values": "points"}}, "plan must tell values and decimals"),
+        ({"plan": {"values": "curves", "decimals": 2}}, "not 'curves'"),
+        ({"plan": {"values": "steps", "decimals": 3}}, "1 or 2 decimals, not 3"),
     ],
 )
 def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
@@ -104,7 +108,7 @@ def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
         "answers": {"caption_object": "{caption}{x}{y}"},
         "speed_scale": 1.0,
         "signed_zero": False,
-        "steps": False,
+        "plan": {"values": "points", "decimals": 2},
     }
     good = tmp_path / "good.yaml"
     good.write_text(yaml.safe_dump(content))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from odvla.language.causal_lm import LanguageConfig
-from odvla.language.generation import generate_greedy
+from odvla.language.generation import generate
 from odvla.language.splice import splice
 from odvla.projectors import ProjectorConfig
 from odvla.types import IGNORE_INDEX, Talk
@@ -107,4 +107,4 @@ def test_loss_and_logits(golden):
 def test_greedy_ids(golden):
     language, spliced, expected = spliced_case(golden, "case0", pad_left=True)
     theirs = expected["generated_ids"].tolist()
-    assert generate_greedy(language, spliced, -1, max_new_tokens=len(theirs[0])) == theirs
+    assert generate(language, spliced, -1, max_new_tokens=len(theirs[0])) == theirs

@@ -1,0 +1,67 @@
+"""Look at every key-frame once, where the vision half is frozen."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.progress import track
+
+from odvla.errors import UserError
+from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
+from odvla.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class RememberTokens(Callback):
+    """Gives a stage a TokenMemory of its train and val key-frames.
+
+    They are streamed scene by scene, as in evaluation: training then sees tokens with their whole
+    past instead of a clip's.
+
+    Args:
+        stage: name used in messages.
+        memories: by hash of the vision half; what is missing is added, so that stages share it.
+        progress: show a bar.
+    """
+
+    def __init__(self, stage: str, memories: dict[str, TokenMemory], *, progress: bool) -> None:
+        self.stage = stage
+        self.memories = memories
+        self.progress = progress
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Fill the memory, or take the one that is there.
+
+        Raises:
+            UserError: a parameter of the vision half trains.
+        """
+        if not vision_is_frozen(pl_module.vla):
+            raise UserError(
+                f"stages.{self.stage}.remember_tokens needs frozen encoder and queries, but its "
+                "freeze plan trains some of them"
+            )
+        key = vision_sha256(pl_module.vla)
+        if key not in self.memories:
+            self.memories.clear()  # of weights that are gone
+            self.memories[key] = self._look(trainer, pl_module)
+        pl_module.memory = self.memories[key]
+
+    @torch.no_grad()
+    def _look(self, trainer: lightning.Trainer, pl_module: Any) -> TokenMemory:
+        memory = TokenMemory()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for split in ("train", "val"):
+            state = None
+            loader = data.stream(split, talk=False, everything=True)
+            title = f"looking at the {split} scenes"
+            for batch in track(loader, title, transient=True, disable=not self.progress):
+                moved: Batch = batch.to(pl_module.device)
+                seen, state = pl_module.vla.perceive(moved.clip, state)
+                memory.keep(moved.clip[-1].sample_tokens, seen)
+        log.info("stage %s: the vision half saw %d key-frames", self.stage, len(memory))
+        return memory

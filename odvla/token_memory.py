@@ -1,0 +1,77 @@
+"""What a frozen vision half makes of key-frames, kept: it would only make the same again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from odvla.rows import join_rows, rows_of
+from odvla.types import AgentPredictions, TokenSet
+from odvla.vla import DrivingVLA, Perception
+
+VISION = ("encoder.", "queries.")  # parameters of the vision half
+
+
+class TokenMemory:
+    """Tokens by sample token, as they are before projection."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, TokenSet]] = {}
+
+    def __len__(self) -> int:
+        """Number of key-frames."""
+        return len(self._rows)
+
+    def keep(self, sample_tokens: Sequence[str], seen: Perception) -> None:
+        """Keep what was seen, one row a sample token."""
+        slim = {stream: _slim(tokens).detach() for stream, tokens in seen.tokens.items()}
+        for row, token in enumerate(sample_tokens):
+            place = torch.tensor([row], device=next(iter(slim.values())).feats.device)
+            self._rows[token] = {name: rows_of(tokens, place) for name, tokens in slim.items()}
+
+    def recall(self, sample_tokens: Sequence[str]) -> Perception | None:
+        """What was seen; None where one of them was not kept."""
+        if any(token not in self._rows for token in sample_tokens):
+            return None
+        rows = [self._rows[token] for token in sample_tokens]
+        tokens = {stream: join_rows([row[stream] for row in rows]) for stream in rows[0]}
+        track = tokens["track"].predictions if "track" in tokens else None
+        agents = (track,) if isinstance(track, AgentPredictions) else ()
+        return Perception(None, tokens, agents, None)
+
+
+def _slim(tokens: TokenSet) -> TokenSet:
+    """Tokens without what only perception losses need."""
+    found = tokens.predictions
+    if not isinstance(found, AgentPredictions):
+        return replace(tokens, predictions=None)
+    last = replace(
+        found,
+        layer_logits=found.layer_logits[-1:],
+        layer_boxes=found.layer_boxes[-1:],
+        heatmap=None,
+        cell_codes=None,
+    )
+    return replace(tokens, predictions=last)
+
+
+def vision_is_frozen(vla: DrivingVLA) -> bool:
+    """Whether no parameter of encoder and queries trains."""
+    return not any(
+        parameter.requires_grad
+        for name, parameter in vla.named_parameters()
+        if name.startswith(VISION)
+    )
+
+
+def vision_sha256(vla: DrivingVLA) -> str:
+    """Hash of everything stored in encoder and queries."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vla.state_dict().items()):
+        if name.startswith(VISION):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
