@@ -43,12 +43,12 @@ SEE = OptimiserConfig(
     betas=(0.9, 0.98),
 )
 SPEAK = OptimiserConfig(
-    lr=LearningRates(projectors=2e-3, language=2e-3),
+    lr=LearningRates(projectors=5e-4, language=5e-4),
     warmup=0.05,
     final_lr=0.05,
     weight_decay=0.01,
     betas=(0.9, 0.98),
-    muon=5.0,
+    muon=10.0,
 )
 # The paper's stage 3 trains encoder and queries, too. Frozen, what they see is computed once, which
 # makes a step six times as fast; at this size that is worth more (see docs/decisions.md).
@@ -99,20 +99,25 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=250, gradient_clip=5.0),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=600, gradient_clip=5.0),
+            # The paper's stage 1 trains projectors alone, for a language model that can speak.
             alignment=AlignmentStageConfig(
-                optimiser=SPEAK, steps=60, max_new_tokens=48, remember_tokens=True
+                freeze=HEAR_AND_SPEAK,
+                optimiser=SPEAK,
+                steps=100,
+                max_new_tokens=48,
+                remember_tokens=True,
             ),
             instruction=InstructionStageConfig(
                 optimiser=SPEAK, steps=150, max_new_tokens=48, remember_tokens=True
             ),
             interaction=InteractionStageConfig(
-                optimiser=SPEAK, steps=100, max_new_tokens=64, remember_tokens=True
+                optimiser=SPEAK, steps=80, max_new_tokens=64, remember_tokens=True
             ),
             planning=PlanningStageConfig(
                 freeze=HEAR_AND_SPEAK,
                 optimiser=SPEAK,
-                steps=800,
+                steps=1000,
                 max_new_tokens=64,
                 remember_tokens=True,
                 # Change of motion a half second, see compact.yaml.
@@ -155,14 +160,14 @@ def smoke() -> ExperimentConfig:
 
 
 def small() -> ExperimentConfig:
-    """`tiny` for longer, with a larger language model, on a town of 100 scenes: over an hour."""
+    """`tiny` for longer, with a larger language model, on a town of 150 scenes: under an hour."""
     base = tiny()
     steps = {
-        "perception": 2000,
-        "alignment": 150,
+        "perception": 2200,
+        "alignment": 200,
         "instruction": 500,
-        "interaction": 500,
-        "planning": 1500,
+        "interaction": 200,
+        "planning": 3500,
     }
     language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
@@ -170,7 +175,7 @@ def small() -> ExperimentConfig:
         name="small",
         model=replace(base.model, language=language),
         stages=_with_steps(base, steps),
-        town=replace(base.town or TownSettings(), scenes=100),
+        town=replace(base.town or TownSettings(), scenes=150),
     )
 
 

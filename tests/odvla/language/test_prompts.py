@@ -52,9 +52,7 @@ def test_the_reference_dialect_words_plans_as_the_released_code_does(shared):
 
 def test_the_compact_dialect_tells_everything_a_plan_needs():
     (user,) = Dialect("compact").turns("plan", None, ego_state())
-    assert user.text.endswith(
-        "<EGO>v(0.50,3.25) w(0.12) a(0.00,0.75) d(-1.50)\ngoal turn left\nplan<trajectory>"
-    )
+    assert user.text.endswith("<EGO>v(0.50,3.25)\ngoal turn left\nplan<trajectory>")
 
 
 @pytest.mark.parametrize("name", ["reference", "compact"])
