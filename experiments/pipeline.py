@@ -14,6 +14,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -48,6 +49,7 @@ class Pipeline:
     shop: Workshop
     stages: tuple[str, ...]  # to go through, in order
     parent: Path | None  # handoff that the first of them starts from
+    lock: FileLock | None = None  # held while this process lives
 
     def fit(self) -> None:
         """Train what is not trained yet.
@@ -136,7 +138,8 @@ def open_pipeline(
         progress: show progress bars.
 
     Raises:
-        UserError: the data or the parent's handoff is not usable.
+        UserError: the data or the parent's handoff is not usable, or another process works in the
+            run's folder.
     """
     stages = config.run
     if parent is not None:
@@ -149,6 +152,7 @@ def open_pipeline(
     config = prepare_data(config, progress=progress and main)
     language = Path(config.data.language_root) if config.data.language_root else None
     fingerprint = data_fingerprint(config.data.folder, config.data.version, language)
+    lock = _lock(folder) if main else None
     if parent is not None:
         tokenizer = ChatTokenizer.load(parent / TOKENIZER)
     else:
@@ -156,4 +160,18 @@ def open_pipeline(
     vla = build_model(config, tokenizer)
     tracker = Tracker(folder, runs, config.name, active=main)
     shop = Workshop(config, folder, fingerprint, tokenizer, vla, tracker, progress and main)
-    return Pipeline(shop, stages, parent)
+    return Pipeline(shop, stages, parent, lock)
+
+
+def _lock(folder: Path) -> FileLock:
+    """Keep other processes out of a run's folder until this one ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=True)  # this process may come again
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is working in {folder}; wait for it, or give this run a name of its "
+            "own (name=...)"
+        ) from error
+    return lock

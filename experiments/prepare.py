@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from datamodules.conversations import LanguageDataModule
@@ -43,7 +44,11 @@ def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> Experime
             )
         root = root / config.town.folder_name
         if not (root / config.data.version).is_dir():
-            make_town_at(root, config.town, progress=progress)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            # Whoever comes second waits, and finds the town made.
+            with FileLock(root.with_name(f".{root.name}.lock")):
+                if not (root / config.data.version).is_dir():
+                    make_town_at(root, config.town, progress=progress)
     if not root.is_dir():
         raise UserError(f"the data root {root} does not exist")
     return replace(config, data=replace(config.data, root=str(root)))

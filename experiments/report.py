@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -45,9 +46,15 @@ class ResultTable:
     def rich(self) -> Table:
         """For the terminal."""
         table = Table(
-            title=self.title, caption=self.note, title_justify="left", caption_justify="left"
+            title=self.title,
+            caption=self.note,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),  # the planning tables fit into 80 columns
+            pad_edge=False,
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in self.columns:
             table.add_column(column, justify="right")
         for name, cells in self.rows:
@@ -102,8 +109,8 @@ class Planner:
 def planning_tables(planners: Sequence[Planner]) -> tuple[ResultTable, ...]:
     """One table a protocol, because numbers of different cards must not share a column."""
     titles = {
-        "mean_up_to_t": "Planning, mean up to t (ST-P3, VAD)",
-        "value_at_t": "Planning, value at t (UniAD)",
+        "mean_up_to_t": "Planning, mean up to t (ST-P3, VAD): L2 in m, collisions in %",
+        "value_at_t": "Planning, value at t (UniAD): L2 in m, collisions in %",
     }
     tables = []
     for index, first in enumerate(planners[0].scores):
@@ -114,9 +121,9 @@ def planning_tables(planners: Sequence[Planner]) -> tuple[ResultTable, ...]:
             ResultTable(
                 title=titles[first.card.l2],
                 columns=(
-                    *("L2 1s (m)", "2s", "3s", "avg"),
-                    *("coll. 1s (%)", "2s ", "3s ", "avg "),
-                    "parsed (%)",
+                    *("L2 1s", "2s", "3s", "avg"),
+                    *("col 1s", "2s ", "3s ", "avg "),
+                    "parsed",
                 ),
                 rows=tuple(
                     (

@@ -185,6 +185,11 @@ class ExperimentConfig:
         """
         if not self.name or "/" in self.name:
             raise UserError(f"an experiment's name becomes a folder, {self.name!r} cannot be one")
+        if self.model.ego_token and not self.dialect.has_ego_slot:
+            raise UserError(
+                f"model.ego_token has no place: dialect {self.dialect.name!r} without "
+                f"{self.dialect.without} has no <EGO> in its plans; set model.ego_token=false"
+            )
         if not self.run:
             raise UserError(f"run is empty: choose some of {', '.join(STAGES)}")
         for stage in self.run:

@@ -145,13 +145,24 @@ def smoke() -> ExperimentConfig:
     language = LanguageConfig(hidden=32, layers=1, heads=2, kv_heads=1, intermediate=64)
     queries = (
         SceneSamplerConfig(source="bev", rows=2, columns=2),
-        AgentQueriesConfig(queries=8, carried=8, max_tokens=4, layers=1, heads=2),
+        # Untrained scores and places are as good as any, or stage 2.5 would have nobody to tell of.
+        AgentQueriesConfig(
+            queries=8,
+            carried=8,
+            max_tokens=4,
+            layers=1,
+            heads=2,
+            score_threshold=0.0,
+            birth_threshold=0.0,
+        ),
         MapQueriesConfig(queries=4, max_tokens=4, layers=1, heads=2),
     )
     return replace(
         base,
         name="smoke",
-        model=replace(base.model, encoder=encoder, queries=queries, language=language),
+        model=replace(
+            base.model, encoder=encoder, queries=queries, language=language, object_match_m=50.0
+        ),
         stages=_with_steps(base, dict.fromkeys(base.run, 3)),
         data=replace(base.data, version="v1.0-mini"),
         town=TownSettings(scenes=10, image_size=base.data.image_size),
@@ -175,7 +186,8 @@ def small() -> ExperimentConfig:
         name="small",
         model=replace(base.model, language=language),
         stages=_with_steps(base, steps),
-        town=replace(base.town or TownSettings(), scenes=150),
+        # Seed 1: a town that nothing was ever tuned on.
+        town=replace(base.town or TownSettings(), scenes=150, seed=1),
     )
 
 
@@ -197,10 +209,14 @@ def tiny_no_agents() -> ExperimentConfig:
 
 
 def tiny_no_ego() -> ExperimentConfig:
-    """Ablation of `tiny`: the prompts tell neither ego state nor history."""
+    """Ablation of `tiny`: neither ego state nor history, in text or as a token."""
     base = tiny()
-    dialect = replace(base.dialect, without=("ego", "history"))
-    return replace(base, name="tiny_no_ego", dialect=dialect)
+    return replace(
+        base,
+        name="tiny_no_ego",
+        model=replace(base.model, ego_token=False),
+        dialect=replace(base.dialect, without=("ego",)),
+    )
 
 
 def tiny_planning_only() -> ExperimentConfig:

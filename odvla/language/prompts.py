@@ -36,7 +36,11 @@ KINDS = (
 EGO_FIELDS = ("vx", "vy", "v_yaw", "ax", "ay", "can_x", "can_y", "speed", "steering")
 FIELDS = frozenset((*EGO_FIELDS, "history", "command", "question"))
 # Parts of a request that an ablation may leave out (the paper's table IV): the fields they tell.
-PARTS = {"ego": frozenset(EGO_FIELDS), "history": {"history"}, "command": {"command"}}
+PARTS = {
+    "ego": frozenset(EGO_FIELDS),
+    "history": frozenset({"history"}),
+    "command": frozenset({"command"}),
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,22 @@ class Dialect:
         for part in self.without:
             if part not in PARTS:
                 raise UserError(f"dialect.without must be some of {', '.join(PARTS)}, not {part!r}")
+            if not any(_fields_of(line) & PARTS[part] for line in self.wording.lines.values()):
+                raise UserError(
+                    f"dialect.without names {part!r}, which dialect {self.name!r} does not tell"
+                )
         _ = self.wording
+
+    @property
+    def has_ego_slot(self) -> bool:
+        """Whether a request for a plan has a place for the ego token."""
+        lines = [self.wording.lines[name] for name in self.wording.requests["plan"]]
+        return any("<EGO>" in line for line in lines if not _fields_of(line) & self._hidden)
+
+    @property
+    def _hidden(self) -> frozenset[str]:
+        """Fields that are not told."""
+        return frozenset(field for part in self.without for field in PARTS[part])
 
     @property
     def wording(self) -> Wording:
@@ -109,8 +128,7 @@ class Dialect:
                 f"{', '.join(self.wording.requests)}"
             )
         lines = [self.wording.lines[name] for name in self.wording.requests[kind]]
-        hidden = {field for part in self.without for field in PARTS[part]}
-        lines = [line for line in lines if not _fields_of(line) & hidden]
+        lines = [line for line in lines if not _fields_of(line) & self._hidden]
         needed = {field for line in lines for field in _fields_of(line)}
         values = {"question": question}
         if needed - {"question"}:

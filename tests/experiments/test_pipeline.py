@@ -1,6 +1,8 @@
 """The pipeline on a generated town: stages in order, skipped, continued, handed over, tracked."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -170,3 +172,19 @@ def test_a_sample_is_planned_and_asked(config, runs, tmp_path):
     assert answer.waypoints is None
     with pytest.raises(UserError, match="'nothing' is not in"):
         predict(config, runs / "smoke", "nothing")
+
+
+def test_a_folder_that_another_process_works_in_is_left_alone(config, tmp_path):
+    config = replace(config, name="busy")
+    folder = tmp_path / "busy"
+    folder.mkdir()
+    hold = (
+        "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"another process is working in .*busy"):
+            open_pipeline(config, tmp_path, progress=False)
+        other.kill()
+    open_pipeline(config, tmp_path, progress=False)  # it ended, however it ended

@@ -47,6 +47,9 @@ def test_every_listed_experiment_builds(name, tokenizer):
         ("stages.planning.steps=-1", "steps or epochs"),
         ("trainer.devices=0", "trainer.devices"),
         ("trainer.precision=16", "32-true, bf16-mixed"),
+        ("dialect.name=reference", "ego_token has no place"),
+        ("dialect.without=[ego]", "ego_token has no place"),
+        ("stages.planning.samples=0", "at least 1 sample"),
     ],
 )
 def test_a_mistake_in_an_experiment_is_named(override, message):
@@ -63,7 +66,7 @@ def test_a_stage_is_trained_again_only_for_what_concerns_it():
     assert changed("data.alignment.batch_size=3") == ["alignment"]
     assert changed("seed=1") == list(STAGES[1:])
     assert changed("model.encoder.dim=32") == list(STAGES[1:])
-    assert changed("dialect.without=[ego]") == list(STAGES[1:])
+    assert changed("dialect.without=[command]") == list(STAGES[1:])
     speed = ("data.num_workers=2", "stages.planning.checkpoint_every=3", "data.root=/elsewhere")
     assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
 

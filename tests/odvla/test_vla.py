@@ -278,6 +278,17 @@ def test_answers_do_not_depend_on_the_batch_or_on_the_true_answer():
         assert alone == (together[g],)
 
 
+def test_several_answers_are_drawn_for_each_conversation():
+    model, batch = build(), batch_of(("plan", "qa"))
+    drawn = model.generate(batch, max_new_tokens=6, samples=3)
+    assert [len(texts) for texts in drawn.texts] == [3] * 4
+    assert len(set(drawn.texts[0])) > 1
+    assert drawn.texts == model.generate(batch, max_new_tokens=6, samples=3).texts
+    alone = TOKENIZER.tokenise([batch.talk.conversations[3]], [1])
+    one = model.generate(replace(batch, talk=alone), max_new_tokens=6, samples=3)
+    assert one.texts[0] == drawn.texts[3]
+
+
 def test_every_plan_under_the_grammar_parses_even_untrained():
     model, batch = build(), batch_of(("plan",), rows=4)
     texts = model.generate(batch, grammar=plan_grammar(TOKENIZER), max_new_tokens=110).texts

@@ -59,6 +59,36 @@ def test_greedy_equals_hugging_face_generate_alone_and_in_a_batch(language):
     assert len({tuple(ids) for ids in together}) == 3
 
 
+def test_draws_are_as_frequent_as_the_model_says(language):
+    prompt = prompts(language, (0,))
+    with torch.no_grad():
+        states = language.model.model(inputs_embeds=prompt.embeds).last_hidden_state[:, -1]
+        # Hotter than the model is, so that more than one token is ever drawn.
+        language.head.weight.mul_(0.05)
+        wanted = language.head(states)[0].softmax(-1)
+        count = 3000
+        many = Spliced(
+            *(
+                getattr(prompt, n).expand(count, *getattr(prompt, n).shape[1:])
+                for n in ("embeds", "attention_mask", "position_ids", "labels")
+            )
+        )
+        drawn = generate(language, many, -1, max_new_tokens=1, seeds=range(count))
+        language.head.weight.div_(0.05)
+    found = torch.tensor(drawn)[:, 0].bincount(minlength=len(wanted)) / count
+    error = (found - wanted).abs()
+    assert (error < 4.5 * (wanted * (1 - wanted) / count).sqrt() + 1e-3).all()
+    assert (found > 0).sum() > 5
+
+
+def test_a_row_draws_the_same_whatever_stands_beside_it(language):
+    together = generate(
+        language, prompts(language, (0, 1, 2)), 1, max_new_tokens=9, seeds=(7, 8, 9)
+    )
+    alone = generate(language, prompts(language, (1,)), 1, max_new_tokens=9, seeds=(8,))
+    assert together[1] == alone[0]
+
+
 def test_rows_stop_at_their_own_end(language):
     free = generate(language, prompts(language, (0, 1, 2)), -1, max_new_tokens=12)
     end = free[0][3]

@@ -14,6 +14,7 @@ from odvla.language.waypoints import (
     Waypoints,
     format_future,
     format_waypoints,
+    median_plan,
     parse_future,
     parse_waypoints,
 )
@@ -37,6 +38,17 @@ def test_futures_have_as_many_decimals_as_asked_for(plan, decimals):
     read = parse_future(format_future(plan, decimals=decimals), decimals)
     assert isinstance(read, Waypoints)
     np.testing.assert_allclose(read.xy, plan.round(decimals), atol=1e-9)
+
+
+def test_the_median_plan_is_the_median_of_each_coordinate():
+    rng = np.random.default_rng(0)
+    plans = rng.normal(size=(7, 6, 2)).cumsum(1) * 3
+    form, step = PlanForm("changes", 1), (0.2, 3.0)
+    texts = [format_waypoints(plan, form, step) for plan in plans]
+    read = parse_waypoints(median_plan([*texts, "no plan"], form, step), form, step)
+    assert isinstance(read, Waypoints)
+    np.testing.assert_allclose(read.xy, np.median(plans.round(1), axis=0), atol=1e-9)
+    assert median_plan(["nothing", "to read"], form, step) == "nothing"
 
 
 def test_driving_on_is_a_repeated_step_and_no_change():

@@ -122,6 +122,8 @@ def test_what_cannot_be_said_is_refused():
         Dialect("klingon")
     with pytest.raises(UserError, match="not 'vision'"):
         Dialect(without=("vision",))
+    with pytest.raises(UserError, match="'history', which dialect 'compact' does not tell"):
+        Dialect("compact", without=("history",))
     with pytest.raises(UserError, match="no request of kind 'song'"):
         Dialect().turns("song", None, ego_state())
     with pytest.raises(UserError, match="ego state, which is missing"):
