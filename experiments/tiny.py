@@ -174,11 +174,11 @@ def small() -> ExperimentConfig:
     """`tiny` for longer, with a larger language model, on a town of 150 scenes: under an hour."""
     base = tiny()
     steps = {
-        "perception": 2200,
+        "perception": 2000,
         "alignment": 200,
         "instruction": 500,
         "interaction": 200,
-        "planning": 3500,
+        "planning": 3000,
     }
     language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
