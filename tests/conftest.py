@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says something about the machine, nothing about the code.
+settings.register_profile("odvla", deadline=None)
+settings.load_profile("odvla")
 
 
 @pytest.fixture(scope="session")

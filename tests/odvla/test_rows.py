@@ -9,16 +9,16 @@ from odvla.rows import join_rows, rows_of
 from odvla.types import BevGrid
 
 GRID = BevGrid(-8.0, -8.0, 4.0, 4, 4)
+FRAMES = fake_batch(None, rows=4, image_size=(16, 8), grid=GRID).clip[-1]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6))
 def test_chosen_rows_are_the_rows_that_were_asked_for(numbers):
-    frames = fake_batch(None, rows=4, image_size=(16, 8), grid=GRID).clip[-1]
-    chosen = rows_of(frames, torch.tensor(numbers))
-    assert chosen.sample_tokens == tuple(frames.sample_tokens[n] for n in numbers)
+    chosen = rows_of(FRAMES, torch.tensor(numbers))
+    assert chosen.sample_tokens == tuple(FRAMES.sample_tokens[n] for n in numbers)
     for place, number in enumerate(numbers):
-        assert chosen.images[place].equal(frames.images[number])
-        assert chosen.cameras.intrinsics[place].equal(frames.cameras.intrinsics[number])
+        assert chosen.images[place].equal(FRAMES.images[number])
+        assert chosen.cameras.intrinsics[place].equal(FRAMES.cameras.intrinsics[number])
 
 
 def test_a_batch_cut_to_rows_and_joined_is_the_batch():
