@@ -56,7 +56,7 @@ HEAR_AND_SPEAK = FreezePlan(("projectors.*", "language.*"))
 
 
 def tiny() -> ExperimentConfig:
-    """All stages in ten minutes on two cores, on a town of 72 scenes."""
+    """All stages in ten minutes on two cores, on a town of 60 scenes."""
     size = (160, 90)
     talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 10, "eval_frames_stride": 8}
     return ExperimentConfig(
@@ -99,7 +99,7 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=500, gradient_clip=5.0),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=600, gradient_clip=5.0),
             # The paper's stage 1 trains projectors alone, for a language model that can speak.
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
@@ -126,7 +126,7 @@ def tiny() -> ExperimentConfig:
                 y_range_m=(-9.0, 9.0),
             ),
         ),
-        town=TownSettings(scenes=72, image_size=size),
+        town=TownSettings(scenes=60, image_size=size),
         trainer=TrainerConfig(accelerator="cpu"),
     )
 
