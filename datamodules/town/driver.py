@@ -16,7 +16,7 @@ from datamodules.town.paths import STEP_M, Path
 
 COMFORT_BRAKE = 2.6  # m/s^2
 HARDEST_BRAKE = 6.0
-BEND_BRAKE = 2.8
+BEND_BRAKE = 2.2
 LATERAL_ACCEL = 3.6  # m/s^2 that people accept in a bend
 LOOK_AHEAD_M = 48.0
 STANDSTILL_GAP_M = 2.2

@@ -178,8 +178,10 @@ def test_a_folder_that_another_process_works_in_is_left_alone(config, tmp_path):
     config = replace(config, name="busy")
     folder = tmp_path / "busy"
     folder.mkdir()
+    # The lock must have a name, or Python lets go of it at once.
     hold = (
-        "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); input()"
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print(flush=True); input()"
     )
     command = [sys.executable, "-c", hold, str(folder / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
