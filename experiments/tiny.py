@@ -181,12 +181,14 @@ def small() -> ExperimentConfig:
         "interaction": 200,
         "planning": 3000,
     }
+    stages = _with_steps(base, steps)
+    assert stages.planning is not None
     language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
         base,
         name="small",
         model=replace(base.model, language=language),
-        stages=_with_steps(base, steps),
+        stages=replace(stages, planning=replace(stages.planning, samples=1)),
         # Seed 1: a town that nothing was ever tuned on.
         town=replace(base.town or TownSettings(), scenes=150, seed=1),
     )
