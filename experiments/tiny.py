@@ -56,7 +56,7 @@ HEAR_AND_SPEAK = FreezePlan(("projectors.*", "language.*"))
 
 
 def tiny() -> ExperimentConfig:
-    """All stages in ten minutes on two cores, on a town of 60 scenes."""
+    """All stages in ten minutes on two cores, on a town of 75 scenes."""
     size = (160, 90)
     talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 10, "eval_frames_stride": 8}
     return ExperimentConfig(
@@ -99,7 +99,7 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=600, gradient_clip=5.0),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=500, gradient_clip=5.0),
             # The paper's stage 1 trains projectors alone, for a language model that can speak.
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
@@ -117,7 +117,7 @@ def tiny() -> ExperimentConfig:
             planning=PlanningStageConfig(
                 freeze=HEAR_AND_SPEAK,
                 optimiser=SPEAK,
-                steps=1000,
+                steps=600,
                 max_new_tokens=64,
                 samples=8,
                 remember_tokens=True,
@@ -126,7 +126,7 @@ def tiny() -> ExperimentConfig:
                 y_range_m=(-9.0, 9.0),
             ),
         ),
-        town=TownSettings(scenes=60, image_size=size),
+        town=TownSettings(scenes=75, image_size=size),
         trainer=TrainerConfig(accelerator="cpu"),
     )
 
@@ -172,25 +172,23 @@ def smoke() -> ExperimentConfig:
 
 
 def small() -> ExperimentConfig:
-    """`tiny` for longer, with a larger language model, on a town of 150 scenes: under an hour."""
+    """`tiny` for longer, with a larger language model, on a town of 300 scenes: under an hour."""
     base = tiny()
     steps = {
-        "perception": 2000,
+        "perception": 1500,
         "alignment": 200,
-        "instruction": 500,
-        "interaction": 200,
-        "planning": 3000,
+        "instruction": 400,
+        "interaction": 150,
+        "planning": 2000,
     }
-    stages = _with_steps(base, steps)
-    assert stages.planning is not None
     language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
         base,
         name="small",
         model=replace(base.model, language=language),
-        stages=replace(stages, planning=replace(stages.planning, samples=1)),
-        # Seed 1: a town that nothing was ever tuned on.
-        town=replace(base.town or TownSettings(), scenes=150, seed=1),
+        stages=_with_steps(base, steps),
+        # Seed 2: a town that nothing was ever tuned on.
+        town=replace(base.town or TownSettings(), scenes=300, seed=2),
     )
 
 

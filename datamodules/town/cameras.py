@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ HAZE_M = 160.0  # distance over which colours fade into the haze
 FAR_CELL = 4  # the distant ground is read from a raster this many times coarser, against aliasing
 FAR_GROUND_M = 16.0
 SEEN_M = 95.0  # bodies beyond are not drawn
+RIG_REACH_M = 5.0  # no camera is farther from the car's origin
 NEAR_M = 0.25
 LAMP = {"red": (255, 40, 30), "yellow": (255, 200, 30), "green": (40, 240, 110)}
 SHADOW = (44, 45, 48)
@@ -56,6 +58,19 @@ class Faces:
     part_centre: FloatArray
     body_centre: FloatArray
 
+    def within(self, reach_m: float, of: FloatArray) -> Faces:
+        """Those of bodies that are nearer to a point [3] than reach_m, in the same order."""
+        near = (np.linalg.norm(self.body_centre - of, axis=1) < reach_m)[self.body]
+        return replace(
+            self,
+            quads=self.quads[near],
+            normals=self.normals[near],
+            colours=self.colours[near],
+            bright=self.bright[near],
+            body=self.body[near],
+            part_centre=self.part_centre[near],
+        )
+
 
 NO_FACES = Faces(
     quads=np.zeros((0, 4, 3)),
@@ -87,6 +102,7 @@ class SceneRenderer:
         """The six images at a tick, RGB [h, w, 3]."""
         ego = ego_to_global(log.ego.track.xy[tick], float(log.ego.track.yaw[tick]))
         faces = _joined([self._blocks, *_light_faces(log, tick), *_actor_faces(log, tick)])
+        faces = faces.within(SEEN_M + RIG_REACH_M, ego[:3, 3])
         shadows = _shadows(log, tick)
         images = {}
         for name, mount in self.rig.cameras.items():
@@ -105,8 +121,8 @@ class SceneRenderer:
         daylight: float,
     ) -> Image:
         canvas = self._background(intrinsics, global_to_camera, daylight)
-        for quad in shadows:
-            _fill(canvas, _to_camera(quad, global_to_camera), intrinsics, SHADOW)
+        dark = [SHADOW] * len(shadows)
+        _fill(canvas, _to_camera(shadows, global_to_camera), intrinsics, dark)
         centre = np.linalg.inv(global_to_camera)[:3, 3]
         quads = _to_camera(faces.quads, global_to_camera)
         depth = quads[..., 2].max(1)
@@ -121,8 +137,7 @@ class SceneRenderer:
         # stable.
         order = shown[np.lexsort((-part.round(3), faces.body[shown], -distance[shown].round(3)))]
         colours = _lit(faces, order, distance[order], daylight)
-        for index, colour in zip(order, colours, strict=True):
-            _fill(canvas, quads[index], intrinsics, colour)
+        _fill(canvas, quads[order], intrinsics, colours)
         return canvas
 
     def _background(
@@ -385,15 +400,27 @@ def _project(camera: FloatArray, intrinsics: FloatArray) -> FloatArray:
     return camera[..., :2] / camera[..., 2:] * intrinsics[[0, 1], [0, 1]] + intrinsics[:2, 2]
 
 
-def _fill(canvas: Image, quad: FloatArray, intrinsics: FloatArray, colour: tuple[int, ...]) -> None:
-    """Fill a quad given in camera coordinates, cut at the near plane."""
-    if quad[:, 2].min() < NEAR_M:
-        quad = _cut(quad)
-        if len(quad) < 3:
-            return
-    pixels = np.clip(_project(quad, intrinsics) - 0.5, -FARTHEST_PIXEL, FARTHEST_PIXEL)
-    points = np.round(pixels * 2**FIXED_BITS).astype(np.int32)
-    cv2.fillConvexPoly(canvas, points, colour, cv2.LINE_AA, FIXED_BITS)
+def _fill(
+    canvas: Image, quads: FloatArray, intrinsics: FloatArray, colours: Sequence[tuple[int, ...]]
+) -> None:
+    """Fill quads [n, 4, 3] given in camera coordinates, cut at the near plane, one by one."""
+    whole = quads[..., 2].min(1) >= NEAR_M if len(quads) else np.zeros(0, bool)
+    # All at once: a quad alone takes longer to project than to fill.
+    points = np.zeros((len(quads), 4, 2), np.int32)
+    points[whole] = _fixed_point(quads[whole], intrinsics)
+    for quad, corners, is_whole, colour in zip(quads, points, whole, colours, strict=True):
+        if not is_whole:
+            kept = _cut(quad)
+            if len(kept) < 3:
+                continue
+            corners = _fixed_point(kept, intrinsics)
+        cv2.fillConvexPoly(canvas, corners, colour, cv2.LINE_AA, FIXED_BITS)
+
+
+def _fixed_point(camera: FloatArray, intrinsics: FloatArray) -> NDArray[np.int32]:
+    """Pixels as OpenCV takes fractions of them."""
+    pixels = np.clip(_project(camera, intrinsics) - 0.5, -FARTHEST_PIXEL, FARTHEST_PIXEL)
+    return np.round(pixels * 2**FIXED_BITS).astype(np.int32)
 
 
 def _cut(polygon: FloatArray) -> FloatArray:
