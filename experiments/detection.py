@@ -71,8 +71,9 @@ def evaluate_detections(
 
     Args:
         nuscenes: a loaded NuScenes object.
-        split: name of the devkit's split; every key-frame of it must be a key of `results`.
-        results: sample token -> boxes in the devkit's format.
+        split: name of the devkit's split that the key-frames belong to.
+        results: sample token -> boxes in the devkit's format; what is scored is these key-frames,
+            all of the split or a part of it.
         folder: results_nusc.json and the evaluator's files are written here.
     """
     from nuscenes.eval.common.config import config_factory
@@ -81,7 +82,11 @@ def evaluate_detections(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results_nusc.json"
     meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
-    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": dict(results)}))
+    # The devkit wants the whole split; of what we were not asked about it gets no boxes, and then
+    # it forgets it.
+    everything: dict[str, list[dict[str, Any]]] = {token: [] for token in _samples(nuscenes, split)}
+    everything.update(results)
+    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": everything}))
     evaluation = DetectionEval(
         nuscenes,
         config=config_factory("detection_cvpr_2019"),
@@ -90,6 +95,22 @@ def evaluate_detections(
         output_dir=str(folder),
         verbose=False,
     )
+    for boxes in (evaluation.pred_boxes.boxes, evaluation.gt_boxes.boxes):
+        for token in everything.keys() - results.keys():
+            boxes.pop(token, None)
+    evaluation.sample_tokens = evaluation.gt_boxes.sample_tokens
     metrics, _ = evaluation.evaluate()
     # How long it took would make equal runs look different.
     return {key: value for key, value in metrics.serialize().items() if key != "eval_time"}
+
+
+def _samples(nuscenes: Any, split: str) -> list[str]:
+    """Every key-frame of one of the devkit's splits."""
+    from nuscenes.utils.splits import create_splits_scenes
+
+    names = set(create_splits_scenes()[split])
+    return [
+        sample["token"]
+        for sample in nuscenes.sample
+        if nuscenes.get("scene", sample["scene_token"])["name"] in names
+    ]

@@ -103,7 +103,7 @@ class PlanningStage(TalkStage):
         plan = parse_waypoints(text, form, batch.ego.last_step[row].cpu())
         return {
             **super().record(conversation, text, batch, row),
-            "waypoints": None if isinstance(plan, ParseFailure) else plan.xy.tolist(),
+            "waypoints": None if isinstance(plan, ParseFailure) else plan.xy.round(4).tolist(),
             "failure": plan.reason if isinstance(plan, ParseFailure) else None,
             "reference": batch.plan.waypoints[row].tolist(),
             "mask": batch.plan.mask[row].tolist(),

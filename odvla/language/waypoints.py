@@ -55,7 +55,9 @@ class PlanForm:
             point to the next, from the origin to the first. "changes", the steps less the car's own
             motion in the last 0.5 s: nothing but zeros says "drive on as you do", so that a model
             that can hardly read starts from constant velocity and learns what differs from it.
-        decimals: of every number. Rounding is of the positions, so that it never adds up.
+        decimals: of every number. What rounding leaves of one step goes into the next, so that it
+            never adds up. The car's own motion is not rounded: else its last digits, which the
+            model does not write, would make those that it writes jump.
 
     Raises:
         UserError: there is no such form.
@@ -84,23 +86,25 @@ class PlanForm:
         """Positions [6, 2] as what is written of them; see `format_waypoints`."""
         if self.values == "points":
             return positions
-        steps = np.diff(positions.round(self.decimals), axis=0, prepend=0.0)
-        return steps - self._base(last_step)
+        base = self._base(last_step)
+        numbers, reached = np.empty_like(positions), np.zeros(2)
+        for number, position in zip(numbers, positions, strict=True):
+            number[:] = (position - reached - base).round(self.decimals)
+            reached = reached + number + base
+        return numbers
 
     def positions(self, numbers: NDArray[np.float64], last_step: ArrayLike) -> NDArray[np.float64]:
         """The way back."""
         if self.values == "points":
             return numbers
-        return (numbers + self._base(last_step)).cumsum(axis=0).round(self.decimals)
+        return (numbers + self._base(last_step)).cumsum(axis=0)
 
     def _base(self, last_step: ArrayLike) -> NDArray[np.float64]:
-        if self.values == "steps":
-            return np.zeros(2)
-        return np.asarray(last_step, dtype=np.float64).round(self.decimals)
+        return np.asarray(last_step if self.values == "changes" else STANDING, dtype=np.float64)
 
 
-POINTS = PlanForm()
 STANDING = (0.0, 0.0)
+POINTS = PlanForm()
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.nuscenes import EvaluationFrame
+from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.baselines import EgoMLPConfig
 from experiments.evaluation import (
+    evaluate_detection,
     evaluate_forecasts,
     evaluate_language,
     evaluate_planning,
@@ -123,3 +124,33 @@ def test_report_is_written_as_markdown_and_json(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == {"x": 1}
     with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
         ResultTable("Title", ("a", "b"), (("row", (1.0,)),))
+
+
+@pytest.mark.parametrize("frames", [40, 12])
+def test_the_annotations_score_as_detections_on_all_or_a_part_of_the_split(
+    town_root, tmp_path, frames
+):
+    data = NuScenesDataConfig(
+        root=str(town_root),
+        version="v1.0-trainval",
+        image_size=(16, 9),
+        targets=("agents",),
+        agent_range_m=60.0,
+    ).build()
+    records = []
+    for frame in list(data.evaluation_frames("val"))[:frames]:
+        agents = data.frame(frame.sample_token).agents[-1]
+        mask = agents.mask[0]
+        records.append(
+            {
+                "sample_token": frame.sample_token,
+                "kind": "detection",
+                "boxes": agents.boxes[0, mask].tolist(),
+                "labels": agents.labels[0, mask].tolist(),
+                "scores": [1.0] * int(mask.sum()),
+            }
+        )
+    tables, numbers = evaluate_detection(data, records, tmp_path)
+    assert tables[0].note.startswith(f"{frames} key-frames")
+    found = numbers["detection"]["mean_dist_aps"]
+    assert found["car"] > 0.9

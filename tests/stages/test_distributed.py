@@ -11,6 +11,7 @@ from callbacks.freeze import FreezeByName
 from callbacks.predictions import WritePredictions
 from stages.alignment import AlignmentStageConfig
 from stages.base import gather
+from stages.optimisation import LearningRates, OptimiserConfig
 from stages.planning import PlanningStageConfig
 
 
@@ -76,3 +77,25 @@ def test_evaluation_is_the_same_at_any_number_of_processes(
     assert results["one"] == results["two"]
     assert len(results["one"][1].splitlines()) == 14
     assert all(json.loads(line)["waypoints"] for line in results["one"][1].splitlines())
+
+
+def test_two_processes_learn_what_one_learns_from_batches_twice_as_large(
+    make_vla, make_data, make_trainer, two_processes
+):
+    def loss(vla):
+        trainer = make_trainer(limit_val_batches=1.0)
+        return trainer.validate(config.build(vla), make_data("plan"), verbose=False)[0]["val/loss"]
+
+    config = PlanningStageConfig(
+        optimiser=OptimiserConfig(lr=LearningRates(*[3e-3] * 5), warmup=0.0)
+    )
+    start, after = loss(make_vla()), {}
+    # A step of two processes reads the same two batches as a step of one that accumulates two.
+    for name, settings in (("one", {"accumulate_grad_batches": 2}), ("two", two_processes)):
+        vla, data = make_vla(), make_data("plan", frames=8, rows=1)
+        trainer = make_trainer(FreezeByName(vla, config.freeze), max_steps=20, **settings)
+        trainer.fit(config.build(vla, 20), data)
+        after[name] = loss(vla)
+    learned = start - after["one"]
+    assert learned > 0.1 * start
+    assert abs(after["two"] - after["one"]) < 0.02 * learned
