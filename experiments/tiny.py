@@ -172,14 +172,14 @@ def smoke() -> ExperimentConfig:
 
 
 def small() -> ExperimentConfig:
-    """`tiny` for longer, with a larger language model, on a town of 300 scenes: under an hour."""
+    """`tiny` for longer, with a larger language model, on a town of 200 scenes: under an hour."""
     base = tiny()
     steps = {
         "perception": 1500,
         "alignment": 200,
         "instruction": 400,
         "interaction": 150,
-        "planning": 2000,
+        "planning": 1500,
     }
     language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
     return replace(
@@ -188,7 +188,7 @@ def small() -> ExperimentConfig:
         model=replace(base.model, language=language),
         stages=_with_steps(base, steps),
         # Seed 2: a town that nothing was ever tuned on.
-        town=replace(base.town or TownSettings(), scenes=300, seed=2),
+        town=replace(base.town or TownSettings(), scenes=200, seed=2),
     )
 
 
