@@ -119,7 +119,6 @@ def tiny() -> ExperimentConfig:
                 optimiser=SPEAK,
                 steps=600,
                 max_new_tokens=64,
-                samples=8,
                 remember_tokens=True,
                 # Change of motion a half second, see compact.yaml.
                 x_range_m=(-6.0, 6.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,10 +25,16 @@ class TokenMemory:
         """Number of key-frames."""
         return len(self._rows)
 
-    def keep(self, sample_tokens: Sequence[str], seen: Perception) -> None:
-        """Keep what was seen, one row a sample token."""
+    def keep(self, rows: Iterable[tuple[int, str]], seen: Perception) -> None:
+        """Keep what was seen.
+
+        Args:
+            rows: (row, sample token) of the rows to keep. Rows that only fill a batch must not be
+                among them: they bear the token of a real key-frame, but show black images.
+            seen: of the whole batch.
+        """
         slim = {stream: _slim(tokens).detach() for stream, tokens in seen.tokens.items()}
-        for row, token in enumerate(sample_tokens):
+        for row, token in rows:
             place = torch.tensor([row], device=next(iter(slim.values())).feats.device)
             self._rows[token] = {name: rows_of(tokens, place) for name, tokens in slim.items()}
 

@@ -29,7 +29,7 @@ def test_remembered_tokens_give_the_same_loss_and_the_same_answers(make_vla, tok
     memory = TokenMemory()
     for row in (2, 0, 1):  # in another order, one by one
         one, _ = vla.perceive(tuple(rows_of(f, torch.tensor([row])) for f in batch.clip))
-        memory.keep([batch.clip[-1].sample_tokens[row]], one)
+        memory.keep([(0, batch.clip[-1].sample_tokens[row])], one)
     recalled = memory.recall(batch.clip[-1].sample_tokens)
     assert len(memory) == 3
     for stream, tokens in seen.tokens.items():
@@ -80,6 +80,34 @@ def test_the_callback_shows_the_frames_once_and_stages_share_them(
         assert stage.memory is memories[vision_sha256(vla)]
         assert len(stage.memory) == 7
     assert looked == [("train", False, True), ("val", False, True)]
+
+
+def test_rows_that_only_fill_a_batch_are_not_remembered(
+    make_vla, make_data, make_trainer, tokenizer
+):
+    batch, vla, data = a_batch(tokenizer), make_vla(), make_data("plan")
+    now = batch.clip[-1]
+    first, _, third = now.sample_tokens
+    shown = torch.tensor([1, 0, 1], dtype=torch.uint8)[:, None, None, None, None]
+    filled = replace(
+        batch,
+        # Like a scene that has ended: black images under another row's sample token.
+        clip=(replace(now, images=now.images * shown, sample_tokens=(first, first, third)),),
+        valid=torch.tensor([True, False, True]),
+    )
+    data.stream = lambda split, *, talk, everything: [filled]
+    heads = replace(PlanningStageConfig().freeze, train=("projectors.*", "language.*"), but_not=())
+    stage = PlanningStageConfig(freeze=heads, remember_tokens=True).build(vla, 1)
+    callbacks = [
+        FreezeByName(vla, stage.config.freeze),
+        RememberTokens("planning", {}, progress=False),
+    ]
+    make_trainer(*callbacks, max_steps=1).fit(stage, data)
+    with torch.no_grad():
+        seen, _ = vla.perceive(batch.clip[-1:])
+    recalled = stage.memory.recall([first, third])
+    for stream, tokens in seen.tokens.items():
+        torch.testing.assert_close(recalled.tokens[stream].feats, tokens.feats[[0, 2]])
 
 
 def test_a_vision_half_that_trains_is_refused(make_vla, make_data, make_trainer):
