@@ -1,0 +1,1 @@
+"""Proof that the full-fidelity vision tower computes what the reference computed."""

@@ -1,0 +1,134 @@
+"""Reading a directory of arrays recorded from the reference, and comparing with them.
+
+A case is a file `<stem>.safetensors` with `in/...`, `out/...` and sometimes `weight/...` tensors,
+and `<stem>.json` with the settings that the reference's modules were built with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from odvla.errors import UserError
+
+Kind = Literal["activation", "loss", "gradient", "index"]
+# Largest difference allowed, relative to the largest magnitude in the reference's array (and
+# never less than relative to 1).
+TOLERANCE: dict[Kind, float] = {"activation": 1e-4, "loss": 1e-4, "gradient": 1e-3, "index": 0.0}
+SHARED_WEIGHTS = ("uniad_small_weights_img", "uniad_small_weights_rest")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One array of ours beside the reference's."""
+
+    name: str
+    ours: Tensor
+    theirs: Tensor
+    kind: Kind = "activation"
+
+    @property
+    def absolute(self) -> float:
+        """Largest absolute difference; infinite where shapes differ or a value is not finite."""
+        if self.ours.numel() != self.theirs.numel():
+            return float("inf")
+        if self.ours.numel() == 0:
+            return 0.0
+        ours, theirs = (t.detach().double().flatten() for t in (self.ours, self.theirs))
+        difference = (ours - theirs).abs().max()
+        return float(difference) if bool(difference.isfinite()) else float("inf")
+
+    @property
+    def relative(self) -> float:
+        """The absolute difference over the reference's largest magnitude, or over 1."""
+        if self.theirs.numel() == 0:
+            return self.absolute
+        return self.absolute / max(1.0, float(self.theirs.double().abs().max()))
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance of its kind."""
+        return self.relative <= TOLERANCE[self.kind]
+
+
+class Golden:
+    """A golden directory.
+
+    Args:
+        folder: where index.json lies.
+
+    Raises:
+        UserError: there is no index.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "index.json").is_file():
+            raise UserError(f"{folder} is not a directory of recordings: it has no index.json")
+
+    def stems(self) -> list[str]:
+        """Names of all recorded files that index.json lists, without their endings."""
+        listed = json.loads((self.folder / "index.json").read_text())
+        return sorted(Path(name).stem for name in listed)
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """All arrays of a file.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.folder / f"{stem}.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"the recording {path} cannot be read: {error}") from error
+
+    def facts(self, stem: str) -> dict[str, Any]:
+        """Settings of a case.
+
+        Raises:
+            UserError: the file is missing or not JSON.
+        """
+        path = self.folder / f"{stem}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"the recording {path} cannot be read: {error}") from error
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the small model that several cases share, by the reference's names."""
+        return {
+            name.removeprefix("weight/"): tensor
+            for stem in SHARED_WEIGHTS
+            for name, tensor in self.tensors(stem).items()
+        }
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def checks(ours: dict[str, Tensor], theirs: dict[str, Tensor], kind: Kind) -> Iterator[Check]:
+    """Compare arrays of the same names."""
+    for name, tensor in ours.items():
+        yield Check(name, tensor, theirs[name], kind)
+
+
+def as_bool(tensor: Tensor) -> Tensor:
+    """Recorded truth values (uint8) as bool."""
+    return tensor.to(torch.bool)
