@@ -400,7 +400,9 @@ class BEVFormer(nn.Module):
         """Feature maps [B, N, C, h, w], fine to coarse."""
         batch, cameras = frames.images.shape[:2]
         if cameras != self.config.cameras:
-            raise UserError(f"the encoder was built for {self.config.cameras} cameras, not {cameras}")
+            raise UserError(
+                f"the encoder was built for {self.config.cameras} cameras, not {cameras}"
+            )
         maps = self.neck(self.backbone(frames.images.flatten(0, 1)))
         return tuple(level.unflatten(0, (batch, cameras)) for level in maps)
 
@@ -491,3 +493,23 @@ def pillar_points(config: BEVFormerConfig) -> Tensor:
         ],
         -1,
     )
+
+
+def can_bus_deltas(absolute: Tensor, before: Tensor | None) -> Tensor:
+    """The reference's preparation of a CAN bus vector: position and heading become changes.
+
+    Args:
+        absolute: float64 [18] with the position in global axes and the heading in degrees (last).
+        before: the same of the previous frame. None: nothing is subtracted, which is what the
+            reference does by mistake to the very first frame of a process; passing the previous
+            scene's last frame at a scene's start is its other mistake. Right is `absolute` itself:
+            no motion.
+
+    Returns:
+        [18].
+    """
+    changes = absolute.clone()
+    if before is not None:
+        changes[:3] -= before[:3]
+        changes[TURN_DEG] -= before[TURN_DEG]
+    return changes

@@ -126,9 +126,7 @@ class ResNet(nn.Module):
             for block in range(BLOCKS[config.depth][stage]):
                 stride = 2 if block == 0 and stage > 0 else 1
                 deformable = stage in config.deformable_stages
-                blocks.append(
-                    Bottleneck(channels, base * 2**stage, stride, deformable=deformable)
-                )
+                blocks.append(Bottleneck(channels, base * 2**stage, stride, deformable=deformable))
                 channels = base * 2**stage * EXPANSION
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         for module in self.modules():
