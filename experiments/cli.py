@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PROGRAM = "lightning_app.py"
 PACKAGES = ("odvla", "stages", "datamodules", "callbacks", "experiments")
 WIDTH = 120
+EXIT_OK, EXIT_FAILED = 0, 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None: the process's own.
 
     Returns:
-        0; 2 for a mistake of the user's, which is printed as one sentence; 130 when interrupted.
+        0; 1 when a comparison failed; 2 for a mistake of the user's, which is printed as one
+        sentence; 130 when interrupted.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     os.environ.setdefault("TQDM_DISABLE", "1")  # the devkit's bars; read when tqdm is imported
     try:
-        options.run(options)
+        code = options.run(options)
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         Console(stderr=True).print("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,6 +133,16 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--image-size", default="320x180", help="width x height (default 320x180)")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+
+    parity = _verb(
+        verbs,
+        "parity",
+        "compare the vision tower with arrays recorded from the reference",
+        "parity ../shared/golden",
+        compare_with_recordings,
+    )
+    parity.add_argument("folder", type=Path, help="a directory of recordings, with index.json")
+    parity.add_argument("--all", action="store_true", help="print every array, not only failures")
     return parser
 
 
@@ -207,6 +219,14 @@ def make_data(options: argparse.Namespace) -> None:
     town = TownSettings(options.scenes, (int(width), int(height)), options.seed, options.workers)
     made = make_town_at(options.out, town)
     Console(soft_wrap=True).print(f"{options.scenes} scenes ({town.version}) in {made}")
+
+
+def compare_with_recordings(options: argparse.Namespace) -> int:
+    """Cases of a golden directory."""
+    from experiments.parity.run import run_parity
+
+    console = Console(soft_wrap=True, highlight=False)
+    return EXIT_OK if run_parity(options.folder, console, every=options.all) else EXIT_FAILED
 
 
 def _verb(

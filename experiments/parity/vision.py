@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from odvla.weight_names import to_odvla
 from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
-from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig, turn_bev
+from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig, BEVFormerLayer, turn_bev
 from odvla.encoders.protocol import EncoderState
 from odvla.encoders.resnet import FPN, ResNet, ResNetConfig
 from odvla.ops.deformable_attention import deformable_attention
 from odvla.ops.deformable_conv import modulated_deform_conv
 from odvla.types import Cameras, Frames
-from odvla.weight_names import to_odvla
 
 
 def resnet_config(facts: dict[str, Any]) -> ResNetConfig:
@@ -176,7 +176,7 @@ def _bev_frame(
     state: EncoderState | None,
     wanted: dict[str, Tensor],
     name: str,
-) -> Iterator[Check]:
+) -> Generator[Check, None, Tensor]:
     """Checks of one frame; returns its BEV [1, Q, C]."""
     bev, shared = encoder.prepare(levels, frames, state)
     rows, columns = shared.size
@@ -198,6 +198,7 @@ def _bev_frame(
         turned = wanted["prev_bev_rotated"].transpose(0, 1)
         yield Check(f"{name}prev_bev_rotated", shared.previous, turned)
     for number, layer in enumerate(encoder.layers):
+        assert isinstance(layer, BEVFormerLayer)
         past = layer.attend_past(bev, shared)
         if f"layer{number}_tsa_out" in wanted:
             yield Check(f"{name}layer{number}_tsa", past, wanted[f"layer{number}_tsa_out"])
@@ -206,7 +207,7 @@ def _bev_frame(
         bev = layer(bev, shared)
         yield Check(f"{name}layer{number}", bev, wanted[f"layer{number}_out"])
     yield Check(f"{name}bev_embed", bev, wanted["bev_embed"])
-    return bev  # noqa: B901 - the caller uses `yield from`
+    return bev
 
 
 def rotation(golden: Golden, stem: str) -> Iterator[Check]:
@@ -232,7 +233,7 @@ def attention_unit(golden: Golden, stem: str) -> Iterator[Check]:
     for name in sorted({key.split("/")[0] for key in given}):
         case = under(given, f"{name}/")
         value, sizes = case["in/value"], [tuple(s) for s in case["in/spatial_shapes"].tolist()]
-        batch, _, heads, width = value.shape
+        batch, _, heads, _ = value.shape
         parts = value.flatten(2).transpose(1, 2).split([h * w for h, w in sizes], 2)
         maps = [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
         where, weights = case["in/locations_xy"], case["in/weights"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.parity.golden import Check, Golden, under
 from experiments.parity.tracks import (
@@ -21,9 +19,7 @@ from experiments.parity.tracks import (
 from experiments.parity.vision import bevformer_config, load_encoder, resnet_config
 from odvla.encoders.bevformer import BEVFormer, can_bus_deltas
 from odvla.encoders.protocol import EncoderState
-from odvla.encoders.resnet import PIXEL_MEAN_BGR
-from odvla.queries.scene import SceneSamplerConfig
-from odvla.queries.track_life import give_ids
+from odvla.queries.track_life import Tracks, give_ids
 from odvla.queries.trackformer import TrackFormer, TrackState
 from odvla.types import Cameras, Frames, SceneFeatures
 
@@ -137,7 +133,7 @@ def _track(
     state: TrackState | None,
     wanted: dict[str, Tensor],
     label: str,
-) -> Iterator[Check]:
+) -> Generator[Check, None, TrackState]:
     """One frame of the tracker; returns the state that the module itself gives."""
     before = module.start(frames) if state is None else module.forget(state, frames)
     carried = module.move(before, frames)
@@ -162,11 +158,11 @@ def _track(
     tokens, following = module(features, frames, state)
     yield from _tokens(tokens.feats[0][tokens.mask[0]], wanted, label)
     yield from _following(following, wanted, label)
-    return following  # noqa: B901 - the caller uses `yield from`
+    return following
 
 
 def _boxes(
-    module: TrackFormer, tracks: Any, wanted: dict[str, Tensor], label: str
+    module: TrackFormer, tracks: Tracks, wanted: dict[str, Tensor], label: str
 ) -> Iterator[Check]:
     slots, counted = module.confident(tracks)
     slots = slots[0][counted[0]]

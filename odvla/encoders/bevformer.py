@@ -439,7 +439,7 @@ class BEVFormer(nn.Module):
             first=queries,
             at=self.places(motion.shift),
             image=self.image_tokens(levels),
-            sizes=tuple(tuple(level.shape[-2:]) for level in levels),
+            sizes=tuple((level.shape[-2], level.shape[-1]) for level in levels),
             seen=project_pillars(self.pillars, frames.cameras, image_size),
             size=size,
         )

@@ -39,7 +39,9 @@ def modulated_deform_conv(
         half precision would be several pixels off.
     """
     with torch.autocast(x.device.type, enabled=False):
-        columns = _sample(x.float(), offset.float(), mask.float(), weight, stride, padding, dilation)
+        columns = _sample(
+            x.float(), offset.float(), mask.float(), weight, stride, padding, dilation
+        )
         out = weight.float().flatten(1) @ columns  # B, O, h * w
     out = out.unflatten(-1, tuple(offset.shape[-2:])).to(x.dtype)
     return out if bias is None else out + bias.to(x.dtype).view(-1, 1, 1)

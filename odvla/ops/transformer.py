@@ -112,8 +112,6 @@ class DeformableAttention(nn.Module):
         return locations, weights
 
 
-
-
 def _first(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The first entries of each row's buffer, read as another shape."""
     return buffer.flatten(1)[:, : math.prod(shape)].view(-1, *shape)

@@ -14,7 +14,7 @@ future steps, D decoder layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -67,7 +67,7 @@ class TrackFormerConfig:
     dropout: float = 0.1
     interaction_dropout: float = 0.0
     bank_length: int = 4
-    rules: TrackRules = TrackRules()
+    rules: TrackRules = field(default_factory=TrackRules)
     max_tracks: int = 300  # decoded at most
     # Centres outside are no agents: x_min, y_min, z_min, x_max, y_max, z_max.
     centre_range_m: tuple[float, ...] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
@@ -138,7 +138,10 @@ class TrackFormer(nn.Module):
         self.query_interaction = QueryInteraction(dim, config.heads, config.interaction_dropout)
         bias = -torch.tensor((1 - PRIOR) / PRIOR).log()
         for branch in self.cls_branches:
-            nn.init.constant_(branch[-1].bias, float(bias))
+            assert isinstance(branch, nn.Sequential)
+            last = branch[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.constant_(last.bias, float(bias))
 
     # -- a frame ----------------------------------------------------------------------------------
 
@@ -251,7 +254,7 @@ class TrackFormer(nn.Module):
     def detect(self, features: SceneFeatures, tracks: Tracks) -> Detections:
         """Run the decoder."""
         assert features.bev is not None
-        size = tuple(features.bev.shape[1:3])
+        size = (features.bev.shape[1], features.bev.shape[2])
         value = features.bev.flatten(1, 2)
         positions, x = tracks.query.chunk(2, -1)
         padding = None if bool(tracks.mask.all()) else ~tracks.mask
