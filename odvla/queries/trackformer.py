@@ -14,6 +14,7 @@ future steps, D decoder layers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -136,12 +137,12 @@ class TrackFormer(nn.Module):
         self.past_branches = branches(config.layers, dim, steps * 2)
         self.memory_bank = MemoryBank(dim, config.heads)
         self.query_interaction = QueryInteraction(dim, config.heads, config.interaction_dropout)
-        bias = -torch.tensor((1 - PRIOR) / PRIOR).log()
+        bias = -math.log((1 - PRIOR) / PRIOR)
         for branch in self.cls_branches:
             assert isinstance(branch, nn.Sequential)
             last = branch[-1]
             assert isinstance(last, nn.Linear)
-            nn.init.constant_(last.bias, float(bias))
+            nn.init.constant_(last.bias, bias)
 
     # -- a frame ----------------------------------------------------------------------------------
 
