@@ -13,7 +13,6 @@ from rich.progress import track
 from odvla.errors import UserError
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
 from odvla.types import Batch
-from stages.base import valid_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +62,6 @@ class RememberTokens(Callback):
             for batch in track(loader, title, transient=True, disable=not self.progress):
                 moved: Batch = batch.to(pl_module.device)
                 seen, state = pl_module.vla.perceive(moved.clip, state)
-                memory.keep(valid_rows(moved), seen)
+                memory.keep(moved.valid_rows(), seen)
         log.info("stage %s: the vision half saw %d key-frames", self.stage, len(memory))
         return memory

@@ -245,6 +245,11 @@ class Batch(TensorFields):
     plan: PlanTargets | None = None
     talk: Talk | None = None
 
+    def valid_rows(self) -> list[tuple[int, str]]:
+        """Row and sample token of "now" of every valid row."""
+        tokens = self.clip[-1].sample_tokens
+        return [(row, tokens[row]) for row, valid in enumerate(self.valid.tolist()) if valid]
+
 
 @dataclass(frozen=True)
 class BevGrid:

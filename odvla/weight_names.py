@@ -1,7 +1,8 @@
 """UniAD's names of weights and ours: the same tensors in the same shapes, renamed by prefix.
 
 A rule maps what starts with one prefix to another; `#` stands for a number that is kept. Of several
-rules that fit, the longest counts (of two as long, the one with fewer #). What no rule fits is either deliberately unused or unknown.
+rules that fit, the longest counts (of two as long, the one with fewer #). What no rule fits is
+either deliberately unused or unknown.
 """
 
 from __future__ import annotations

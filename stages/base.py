@@ -230,9 +230,3 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def valid_rows(batch: Batch) -> list[tuple[int, str]]:
-    """Row and sample token of every valid row of a batch."""
-    tokens = batch.clip[-1].sample_tokens
-    return [(row, tokens[row]) for row, valid in enumerate(batch.valid.tolist()) if valid]

@@ -14,7 +14,7 @@ from odvla.losses.perception import PerceptionLossConfig
 from odvla.rows import rows_of
 from odvla.types import Batch
 from odvla.vla import DrivingVLA, VLAState
-from stages.base import Record, StageConfig, StageLoss, StageModule, valid_rows
+from stages.base import Record, StageConfig, StageLoss, StageModule
 from stages.optimisation import LearningRates, OptimiserConfig
 
 TRAINS = FreezePlan(("encoder.*", "queries.*"))
@@ -91,7 +91,7 @@ class PerceptionStage(StageModule):
         if found.mask is not None:
             used &= found.mask
         records = []
-        for row, token in valid_rows(batch):
+        for row, token in batch.valid_rows():
             order = found.scores[row].argsort(descending=True, stable=True)
             chosen = order[used[row, order]][: self.config.max_boxes]
             records.append(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from odvla.weight_names import to_odvla
 from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
@@ -17,6 +16,7 @@ from odvla.encoders.resnet import FPN, ResNet, ResNetConfig
 from odvla.ops.deformable_attention import deformable_attention
 from odvla.ops.deformable_conv import modulated_deform_conv
 from odvla.types import Cameras, Frames
+from odvla.weight_names import to_odvla
 
 
 def resnet_config(facts: dict[str, Any]) -> ResNetConfig:
