@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.verbs import data, parity, run
-from experiments.verbs.parser import PROGRAM
+from experiments.verbs.parser import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, PROGRAM
 from odvla.errors import UserError
 
 GROUPS = (run, data, parity)  # in the order of the help
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         Console(stderr=True).print("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
-    return code or 0
+    return code or EXIT_OK
 
 
 def build_parser() -> argparse.ArgumentParser:

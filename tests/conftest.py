@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ settings.load_profile("odvla")
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference recordings and real nuScenes fragments, where it exists."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("ODVLA_SHARED", beside))
     if not folder.is_dir():
-        pytest.skip("the folder ../shared with reference recordings is not here")
+        pytest.skip(f"the folder {folder} with reference recordings is not here (ODVLA_SHARED)")
     return folder
 
 

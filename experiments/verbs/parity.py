@@ -7,9 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.verbs.parser import Verbs, add_verb
-
-EXIT_FAILED = 1
+from experiments.verbs.parser import EXIT_FAILED, EXIT_OK, Verbs, add_verb
 
 
 def add(verbs: Verbs) -> None:
@@ -30,4 +28,4 @@ def compare_with_recordings(options: argparse.Namespace) -> int:
     from experiments.parity.run import run_parity
 
     console = Console(soft_wrap=True, highlight=False)
-    return 0 if run_parity(options.folder, console, every=options.all) else EXIT_FAILED
+    return EXIT_OK if run_parity(options.folder, console, every=options.all) else EXIT_FAILED

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROGRAM = "lightning_app.py"
 PACKAGES = ("odvla", "stages", "datamodules", "callbacks", "experiments")
 WIDTH = 120
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 Verbs = argparse._SubParsersAction  # of ArgumentParsers; argparse has no public name for it
 
 

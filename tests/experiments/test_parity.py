@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from experiments.cli import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR, main
+from experiments.cli import main
 from experiments.parity.golden import Check, Golden
 from experiments.parity.run import CASES, NOT_YET, cases, run_case, run_parity
+from experiments.verbs.parser import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR
 
 
 @pytest.fixture
