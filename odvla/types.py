@@ -164,6 +164,9 @@ class AgentTargets(TensorFields):
     mask: Bool[Tensor, "B A"]  # False: padding
     future: Float[Tensor, "B A 6 2"]  # positions in the agent's own frame (x right, y forward)
     future_mask: Bool[Tensor, "B A 6"]
+    past: Float[Tensor, "B A 4 2"] | None = None  # the same 0.5, 1.0, 1.5, 2.0 s ago
+    past_mask: Bool[Tensor, "B A 4"] | None = None
+    ego: Float[Tensor, "B 9"] | None = None  # the car's own box
 
 
 @jaxtyped(typechecker=beartype)

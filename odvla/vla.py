@@ -21,16 +21,19 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from odvla.encoders.history import after_history, uniad_history
 from odvla.errors import UserError
 from odvla.language import generation
 from odvla.language.causal_lm import CausalLM, LanguageConfig
 from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.losses.clip import ClipMatcher, History, Lesson
 from odvla.projectors import ProjectorConfig
 from odvla.types import (
     IGNORE_INDEX,
     AgentPredictions,
+    AgentTargets,
     Batch,
     Frames,
     MapPredictions,
@@ -90,6 +93,16 @@ class Perception:
     tokens: dict[str, TokenSet]  # by stream, before projection
     agent_steps: tuple[AgentPredictions, ...]  # one a step of the clip; () without agent queries
     map_predictions: MapPredictions | None
+    lessons: tuple[Lesson, ...] = ()  # one a step, where `Teaching` was given
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The truth about a clip, for agent queries that learn with it (`learn`, see TrackFormer)."""
+
+    agents: tuple[AgentTargets, ...]  # one a step
+    matcher: ClipMatcher
+    history: History = "detached"
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,12 @@ class DrivingVLA(nn.Module):
     # -- seeing ---------------------------------------------------------------------------------
 
     def perceive(
-        self, clip: tuple[Frames, ...], state: VLAState | None = None, *, blind: bool = False
+        self,
+        clip: tuple[Frames, ...],
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        teaching: Teaching | None = None,
     ) -> tuple[Perception, VLAState]:
         """Look at a clip, oldest frame first.
 
@@ -165,29 +183,45 @@ class DrivingVLA(nn.Module):
             clip: T frames of B scenes, at least one.
             state: what the previous call returned; None at the start.
             blind: show black images, to measure what vision is worth.
+            teaching: let the ground truth decide which tracks live, as in training.
         """
-        encoder_state = state.encoder if state else None
+        if blind:
+            clip = tuple(replace(f, images=torch.zeros_like(f.images)) for f in clip)
+        past = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
+        lessons: list[Lesson] = []
         tokens: dict[str, TokenSet] = {}
+        histories = None
+        if teaching is not None and teaching.history == "uniad":
+            histories = uniad_history(self.encoder, clip, past)
         for step, frames in enumerate(clip):
-            if blind:
-                frames = replace(frames, images=torch.zeros_like(frames.images))
-            features, encoder_state = self.encoder(frames, encoder_state)
+            if histories is not None:
+                features, past = self.encoder(after_history(frames, step), histories[step])
+            else:
+                if teaching is not None and teaching.history == "detached" and past is not None:
+                    past = past.detach()
+                features, past = self.encoder(frames, past)
             now = step == len(clip) - 1
             for stream, module in self.queries.items():
+                before = query_states.get(stream)
+                if stream == "track" and teaching is not None:
+                    tokens[stream], query_states[stream], lesson = module.learn(
+                        features, frames, before, teaching.agents[step], teaching.matcher
+                    )
+                    lessons.append(lesson)
                 # Tracks are carried from frame to frame; other streams matter only now, unless a
                 # module says that it has a memory.
-                if now or getattr(module, "temporal", stream == "track"):
-                    tokens[stream], query_states[stream] = module(
-                        features, frames, query_states.get(stream)
-                    )
+                elif now or getattr(module, "temporal", stream == "track"):
+                    tokens[stream], query_states[stream] = module(features, frames, before)
             if "track" in tokens and isinstance(tokens["track"].predictions, AgentPredictions):
                 agent_steps.append(tokens["track"].predictions)
         map_predictions = tokens["map"].predictions if "map" in tokens else None
         assert not isinstance(map_predictions, AgentPredictions)
-        perception = Perception(features, tokens, tuple(agent_steps), map_predictions)
-        return perception, VLAState(encoder_state, query_states)
+        perception = Perception(
+            features, tokens, tuple(agent_steps), map_predictions, tuple(lessons)
+        )
+        return perception, VLAState(past, query_states)
 
     # -- talking --------------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""The past that frames of a training clip look back at, as UniAD computes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from odvla.types import Frames
+
+
+@torch.no_grad()
+def uniad_history(encoder: nn.Module, clip: tuple[Frames, ...], state: Any) -> tuple[Any, ...]:
+    """The state that each frame starts from: the BEV of the frames before it, in evaluation mode.
+
+    UniAD computes the history anew for every frame, which gives the same as going through the clip
+    once. The first frame has no past: UniAD gives it its own BEV as one.
+
+    Args:
+        encoder: its mode is left as it was.
+        clip: T frames, oldest first.
+        state: what the encoder knows before the clip; None: nothing.
+
+    Returns:
+        T states. Frames should then be encoded with `after_history`.
+
+    Source: UniADTrack.obtain_history_bev.
+    """
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        states = []
+        for step, frames in enumerate(clip[:-1] or clip):
+            before, (_, state) = state, encoder(frames, state)
+            if step == 0:
+                states.append(_own_or(frames, state, before))
+            states.append(state)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return tuple(states[: len(clip)])
+
+
+def _own_or(frames: Frames, own: Any, before: Any) -> Any:
+    """The first frame's own state where a scene starts, what was known before where it goes on."""
+    if before is None:
+        return own
+    begins = frames.scene_start
+    chosen = {
+        name: torch.where(begins.view(-1, *[1] * (value.dim() - 1)), value, getattr(before, name))
+        for name, value in vars(own).items()
+    }
+    return replace(own, **chosen)
+
+
+def after_history(frames: Frames, step: int) -> Frames:
+    """A clip's frame as the encoder should see it: the first one looks back at its own BEV."""
+    if step > 0:
+        return frames
+    return replace(frames, scene_start=torch.zeros_like(frames.scene_start))
