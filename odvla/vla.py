@@ -197,7 +197,7 @@ class DrivingVLA(nn.Module):
             histories = uniad_history(self.encoder, clip, past)
         for step, frames in enumerate(clip):
             if histories is not None:
-                features, past = self.encoder(after_history(frames, step), histories[step])
+                features, past = self.encoder(after_history(frames), histories[step])
             else:
                 if teaching is not None and teaching.history == "detached" and past is not None:
                     past = past.detach()

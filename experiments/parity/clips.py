@@ -281,7 +281,7 @@ def play(modules: Learner, clip: tuple[Frames, ...], given: dict[str, Tensor]) -
     histories = uniad_history(modules.encoder, clip, None)
     state: TrackState | None = None
     for step, frames in enumerate(clip):
-        features, _ = modules.encoder(after_history(frames, step), histories[step])
+        features, _ = modules.encoder(after_history(frames), histories[step])
         assert features.bev is not None
         tokens, state, lesson = modules.tracks.learn(
             features, frames, state, _targets(given, step), modules.criterion.matcher

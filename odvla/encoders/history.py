@@ -16,7 +16,7 @@ def uniad_history(encoder: nn.Module, clip: tuple[Frames, ...], state: Any) -> t
     """The state that each frame starts from: the BEV of the frames before it, in evaluation mode.
 
     UniAD computes the history anew for every frame, which gives the same as going through the clip
-    once. The first frame has no past: UniAD gives it its own BEV as one.
+    once. A scene's first frame has no past: UniAD gives it its own BEV as one.
 
     Args:
         encoder: its mode is left as it was.
@@ -30,21 +30,26 @@ def uniad_history(encoder: nn.Module, clip: tuple[Frames, ...], state: Any) -> t
     """
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
+    states = []
     try:
-        states = []
-        for step, frames in enumerate(clip[:-1] or clip):
-            before, (_, state) = state, encoder(frames, state)
-            if step == 0:
-                states.append(_own_or(frames, state, before))
-            states.append(state)
+        for step, frames in enumerate(clip):
+            before = state
+            if before is None or step < len(clip) - 1 or bool(frames.scene_start.any()):
+                _, state = encoder(frames, before)
+            states.append(_own_or_before(frames, state, before))
     finally:
         for module, training in modes.items():
             module.training = training
-    return tuple(states[: len(clip)])
+    return tuple(states)
 
 
-def _own_or(frames: Frames, own: Any, before: Any) -> Any:
-    """The first frame's own state where a scene starts, what was known before where it goes on."""
+def after_history(frames: Frames) -> Frames:
+    """A clip's frame as the encoder should see it: even a first one has something behind it."""
+    return replace(frames, scene_start=torch.zeros_like(frames.scene_start))
+
+
+def _own_or_before(frames: Frames, own: Any, before: Any) -> Any:
+    """A frame's own state where a scene starts, the one before it where the scene goes on."""
     if before is None:
         return own
     begins = frames.scene_start
@@ -53,10 +58,3 @@ def _own_or(frames: Frames, own: Any, before: Any) -> Any:
         for name, value in vars(own).items()
     }
     return replace(own, **chosen)
-
-
-def after_history(frames: Frames, step: int) -> Frames:
-    """A clip's frame as the encoder should see it: the first one looks back at its own BEV."""
-    if step > 0:
-        return frames
-    return replace(frames, scene_start=torch.zeros_like(frames.scene_start))
