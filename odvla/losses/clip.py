@@ -236,7 +236,8 @@ class ClipCriterion(nn.Module):
             name: torch.stack([level[name] for level in levels]).sum(0).mean()
             for name in (levels[0] if levels else ())
         }
-        if self.map_criterion is not None and map_predictions is not None and map_targets:
+        judged = map_predictions is not None and map_targets is not None
+        if self.map_criterion is not None and judged:
             losses |= self.map_criterion(map_predictions, map_targets)
         return losses
 
@@ -277,7 +278,7 @@ class ClipCriterion(nn.Module):
         own = focal_loss(logits[:, lesson.ego], car, config.focal_alpha, config.focal_gamma).sum(-1)
         total = torch.where(counted, loss, 0).sum(1) + torch.where(known, own, 0)
         gone_too = self.quirks.gone_tracks_are_positives
-        positive = match.ids >= 0 if gone_too else match.target >= 0
+        positive = lesson.used & (match.ids >= 0) if gone_too else match.target >= 0
         return total / (positive.sum(1) + known).clamp(min=1)
 
     def _boxes(self, lesson: Lesson, codes: Tensor, match: LevelMatch) -> Tensor:

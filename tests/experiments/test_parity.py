@@ -26,9 +26,11 @@ RUN = (
     "b_rotate_unit",
     "c_track_decoder",
     "d_track_memory_qim",
+    "e_clip_matcher",
     "f_msda_unit",
     "k_e2e",
     "k_e2e_zeroed",
+    "n_track_train_clip",
 )
 
 
