@@ -206,7 +206,8 @@ class DrivingVLA(nn.Module):
             for stream, module in self.queries.items():
                 before = query_states.get(stream)
                 if stream == "track" and teaching is not None:
-                    tokens[stream], query_states[stream], lesson = module.learn(
+                    learn: Any = module.learn
+                    tokens[stream], query_states[stream], lesson = learn(
                         features, frames, before, teaching.agents[step], teaching.matcher
                     )
                     lessons.append(lesson)

@@ -1,8 +1,8 @@
 """Stage 0, perception: encoder, agent and map queries learn by detection, tracking and map.
 
 Two ways to learn: `PerceptionLossConfig` judges what the model says by itself (the small query
-modules); `ClipLossConfig` is UniAD's, where the ground truth decides through the clip which query is
-which agent (TrackFormer).
+modules); `ClipLossConfig` is UniAD's, where the ground truth decides through the clip which query
+is which agent (TrackFormer).
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class PerceptionStage(StageModule):
                 "the perception stage needs a bird's-eye-view encoder and agent or map queries, "
                 "which this model lacks; leave the stage out of `run`"
             )
-        track = vla.queries["track"] if "track" in vla.queries else None
+        track = dict(vla.queries.items()).get("track")
         if isinstance(config.losses, ClipLossConfig) and not hasattr(track, "learn"):
             raise UserError(
-                "stages.perception.losses is a ClipLossConfig, which needs agent queries that learn "
-                f"from a clip (TrackFormerConfig), not {type(track).__name__}"
+                "stages.perception.losses is a ClipLossConfig, which needs agent queries that "
+                f"learn from a clip (TrackFormerConfig), not {type(track).__name__}"
             )
         self.criterion = config.losses.build(grid)
 
@@ -95,7 +95,8 @@ class PerceptionStage(StageModule):
             return StageLoss(torch.zeros((), device=rows.device), 0, state=state)
         of_map = rows_of(seen.map_predictions, rows), rows_of(batch.map, rows)
         if isinstance(self.criterion, ClipCriterion):
-            parts = self.criterion(rows_of(seen.lessons, rows), *of_map)
+            head = dict(self.vla.queries.items()).get("map")
+            parts = self.criterion(rows_of(seen.lessons, rows), head, *of_map)
         else:
             agents = rows_of(seen.agent_steps, rows), rows_of(batch.agents, rows)
             parts = self.criterion(*agents, *of_map)

@@ -1,6 +1,6 @@
 """Cases e and n: the matcher of tracks with its losses, and training on a clip with gradients.
 
-Both need gradients; see LEARNING in run.py.
+Both need gradients; see WITH_GRADIENTS in run.py.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ CASES: dict[str, Case] = {
     "k_e2e": whole.whole,
     "n_track_train": clips.training_clip,
 }
-# Cases with gradients; the others run faster without.
-LEARNING = ("e_clip_matcher", "n_track_train")
+# Cases that compare gradients; all others run without.
+WITH_GRADIENTS = {"e_clip_matcher", "n_track_train"}
 # Cases whose modules are not there yet: they are named, so that nobody takes them for passed.
 NOT_YET = {
     "f_panseg": "panoptic map head",
@@ -91,7 +91,7 @@ def run_case(golden: Golden, stem: str) -> Outcome:
     found: list[Check] = []
     torch.manual_seed(0)
     try:
-        with torch.set_grad_enabled(start in LEARNING):
+        with torch.set_grad_enabled(start in WITH_GRADIENTS):
             found.extend(CASES[start](golden, stem))
     except (UserError, ValueError, KeyError, RuntimeError, AssertionError, IndexError) as error:
         reason = str(error).strip().splitlines()

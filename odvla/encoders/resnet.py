@@ -23,8 +23,8 @@ from odvla.ops.deformable_conv import ModulatedDeformConv
 PIXEL_MEAN_BGR = (103.53, 116.28, 123.675)
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
-# A BatchNorm with frozen statistics normalises nothing. Where no weights are loaded, its scales start
-# so that activations stay of the order of 1: pixels by their spread, residual branches small.
+# A BatchNorm with frozen statistics normalises nothing. Where no weights are loaded, its scales
+# start so that activations stay of the order of 1: pixels by their spread, residual branches small.
 PIXEL_SPREAD = 60.0
 RESIDUAL_START = 0.2
 MULTIPLE = 32  # images are padded at the bottom and right to a multiple of this

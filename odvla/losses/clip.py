@@ -28,8 +28,8 @@ from odvla.queries.track_life import EGO, NOBODY
 from odvla.types import BevGrid, MapPredictions, MapTargets, TensorFields
 
 Compat = Literal["none", "uniad"]
-# "gradient" flows from frame to frame through the BEV; "detached": it does not; "uniad": the history
-# is computed apart, in evaluation mode, and the first frame is its own history.
+# "gradient" flows from frame to frame through the BEV; "detached": it does not; "uniad": the
+# history is computed apart, in evaluation mode, and the first frame is its own history.
 History = Literal["gradient", "detached", "uniad"]
 NO_TARGET = -1
 # What the boxes are compared by in matching: all of the code but the velocity.
@@ -98,8 +98,10 @@ class Lesson(TensorFields):
 class MapCriterion(Protocol):
     """What judges the map of a clip's last frame: named losses, weighted, means over the rows."""
 
-    def __call__(self, predictions: MapPredictions, targets: MapTargets) -> dict[str, Tensor]:
-        """Losses by name."""
+    def __call__(
+        self, head: Any, predictions: MapPredictions, targets: MapTargets
+    ) -> dict[str, Tensor]:
+        """Losses by name; `head` is the query module that made the predictions."""
         ...
 
 
@@ -118,7 +120,7 @@ class ClipLossConfig:
     code_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
     history: History = "detached"
     compat: Compat = "none"
-    map: Any = None  # config of a MapCriterion, with build(grid); None: the map learns nothing
+    map: Any = None  # config of a MapCriterion, with build(); None: the map learns nothing
 
     def __post_init__(self) -> None:
         """Check values.
@@ -130,8 +132,8 @@ class ClipLossConfig:
             raise UserError(f"losses.code_weights must be 10 numbers, not {len(self.code_weights)}")
 
     def build(self, grid: BevGrid) -> ClipCriterion:
-        """The criterion for predictions on `grid`."""
-        return ClipCriterion(self, self.map.build(grid) if self.map is not None else None)
+        """The criterion; the grid is whatever the predictions stand on."""
+        return ClipCriterion(self, self.map.build() if self.map is not None else None)
 
 
 class ClipMatcher:
@@ -173,7 +175,8 @@ class ClipMatcher:
         row, query, place = same.nonzero(as_tuple=True)
         target[row, query] = place
         free, unclaimed = (ids == NOBODY) & used, targets.mask & ~same.any(1)
-        new = hungarian(sum(self.costs(logits, codes, targets)), free, unclaimed)
+        of_class, of_box = self.costs(logits, codes, targets)
+        new = hungarian(of_class + of_box, free, unclaimed)
         ids = ids.clone()
         ids[new.row, new.query] = targets.ids[new.row, new.target]
         target[new.row, new.query] = new.target
@@ -218,14 +221,16 @@ class ClipCriterion(nn.Module):
     def forward(
         self,
         lessons: tuple[Lesson, ...],
-        map_predictions: MapPredictions | None,
-        map_targets: MapTargets | None,
+        map_head: Any = None,
+        map_predictions: MapPredictions | None = None,
+        map_targets: MapTargets | None = None,
     ) -> dict[str, Tensor]:
         """Losses by name, weighted; their sum is what is minimised.
 
         Args:
             lessons: one a frame. UniAD sums over frames and levels, and so do we.
-            map_predictions: of the last frame, or None.
+            map_head: the query module of the map, or None.
+            map_predictions: its predictions for the last frame, or None.
             map_targets: of the last frame, or None.
 
         Returns:
@@ -238,7 +243,7 @@ class ClipCriterion(nn.Module):
         }
         judged = map_predictions is not None and map_targets is not None
         if self.map_criterion is not None and judged:
-            losses |= self.map_criterion(map_predictions, map_targets)
+            losses |= self.map_criterion(map_head, map_predictions, map_targets)
         return losses
 
     def levels(self, lesson: Lesson) -> list[dict[str, Tensor]]:

@@ -68,7 +68,9 @@ class Draws:
     @classmethod
     def none(cls, like: Tensor) -> Draws:
         """Nothing is dropped or added."""
-        return cls(torch.ones_like(like, dtype=torch.bool), torch.zeros_like(like, dtype=torch.bool))
+        return cls(
+            torch.ones_like(like, dtype=torch.bool), torch.zeros_like(like, dtype=torch.bool)
+        )
 
 
 def slots_to_carry(

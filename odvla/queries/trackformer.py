@@ -25,6 +25,7 @@ from odvla import geometry
 from odvla.losses.clip import ClipMatcher, ClipTargets, Lesson
 from odvla.ops.transformer import DecoderLayer, inverse_sigmoid
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
+from odvla.queries.track_learning import Draws, TrackLearning, learn
 from odvla.queries.track_life import (
     EGO,
     NOBODY,
@@ -37,7 +38,6 @@ from odvla.queries.track_life import (
     move_references,
     take,
 )
-from odvla.queries.track_learning import Draws, TrackLearning, learn
 from odvla.types import (
     DETECTION_CLASSES,
     AgentPredictions,

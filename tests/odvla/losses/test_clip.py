@@ -1,4 +1,4 @@
-"""Losses of tracks over a clip: a slow loop over queries, batches as clips alone, quirks by hand."""
+"""Losses of tracks over a clip: a slow loop over queries, a batch as its clips, quirks by hand."""
 
 import math
 from dataclasses import replace
@@ -163,8 +163,8 @@ def test_costs_leave_the_velocity_out():
 def test_a_batch_costs_the_mean_of_its_clips(compat):
     criterion = build(compat=compat, past_trajectory=0.5)
     lessons = tuple(lesson_of(criterion, seed) for seed in range(3))
-    together = criterion(lessons, None, None)
-    alone = [criterion(rows_of(lessons, torch.tensor([row])), None, None) for row in range(2)]
+    together = criterion(lessons)
+    alone = [criterion(rows_of(lessons, torch.tensor([row]))) for row in range(2)]
     for name, value in together.items():
         mean = (alone[0][name] + alone[1][name]) / 2
         torch.testing.assert_close(value, mean)
@@ -174,7 +174,7 @@ def test_without_any_object_all_is_background_but_the_car():
     criterion = build()
     lesson = lesson_of(criterion, 0, agents=0)
     assert (lesson.matches[0].target == NO_TARGET).all()
-    loss = criterion((lesson,), None, None)
+    loss = criterion((lesson,))
     assert all(bool(value.isfinite()) for value in loss.values())
     (level,) = criterion.levels(lesson)
     for row in range(2):
@@ -191,7 +191,7 @@ def test_where_the_cars_box_is_unknown_its_query_learns_nothing():
     logits = lesson.logits[0].clone().requires_grad_()
     codes = lesson.codes[0].clone().requires_grad_()
     lesson = replace(lesson, targets=unknown, logits=(logits,), codes=(codes,))
-    torch.stack(list(criterion((lesson,), None, None).values())).sum().backward()
+    torch.stack(list(criterion((lesson,)).values())).sum().backward()
     assert not logits.grad[:, EGO_SLOT].any()
     assert not codes.grad[:, EGO_SLOT].any()
     assert logits.grad[:, 0].any()
@@ -231,28 +231,29 @@ def test_false_tracks_are_nobodys():
     st.sampled_from([0, 1, 2, 3]),
 )
 def test_overlap_of_boxes_along_the_axes_is_the_usual_one(x, y, width, length, quarter):
-    def code(x, y, w, l, yaw):
-        return torch.tensor(
-            [[x, y, math.log(w), math.log(l), 0, 0, math.sin(yaw), math.cos(yaw), 0, 0]]
-        )
+    def code(x, y, width, length, yaw):
+        size = math.log(width), math.log(length)
+        return torch.tensor([[x, y, *size, 0, 0, math.sin(yaw), math.cos(yaw), 0, 0]])
 
     yaw = quarter * math.pi / 2 + 0.3  # turned to the nearer axis
-    w, l = (width, length) if quarter % 2 == 0 else (length, width)
-    dx = max(0.0, min(1.0, x + w / 2) - max(-1.0, x - w / 2))
-    dy = max(0.0, min(1.5, y + l / 2) - max(-1.5, y - l / 2))
-    expected = dx * dy / (6 + w * l - dx * dy)
+    across, along = (width, length) if quarter % 2 == 0 else (length, width)
+    dx = max(0.0, min(1.0, x + across / 2) - max(-1.0, x - across / 2))
+    dy = max(0.0, min(1.5, y + along / 2) - max(-1.5, y - along / 2))
+    expected = dx * dy / (6 + width * length - dx * dy)
     ours = nearest_iou(code(x, y, width, length, yaw), code(0, 0, 2, 3, 0.0))
     assert float(ours) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_map_criterion_plugs_in():
     class OfMap:
-        def build(self, grid):
-            return lambda predictions, targets: {"map_class": predictions + targets.sum()}
+        def build(self):
+            return lambda head, predictions, targets: {
+                "map_class": head * (predictions + targets.sum())
+            }
 
     criterion = build(map=OfMap())
-    losses = criterion((lesson_of(criterion, 0),), torch.tensor(2.0), torch.ones(3))
-    assert float(losses["map_class"]) == 5.0
+    losses = criterion((lesson_of(criterion, 0),), 2, torch.tensor(2.0), torch.ones(3))
+    assert float(losses["map_class"]) == 10.0
     assert set(losses) == {"agent_class", "agent_box", "map_class"}
 
 

@@ -103,14 +103,14 @@ def run(module, criterion, row=None, clip=CLIP, starts=None):
 def test_scenes_side_by_side_learn_as_each_alone(make, compat):
     module, criterion = make(compat)
     together, states = run(module, criterion)
-    loss = sum(criterion(together, None, None).values())
+    loss = sum(criterion(together).values())
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     carried = set()
     for row in range(ROWS):
         alone, own_states = run(module, criterion, row)
-        (sum(criterion(alone, None, None).values()) / ROWS).backward()
+        (sum(criterion(alone).values()) / ROWS).backward()
         for step, (one, many) in enumerate(zip(alone, together, strict=True)):
             count = one.used.shape[1]
             assert many.used[row].sum() == count
@@ -160,7 +160,11 @@ def test_a_new_scene_inside_a_clip_is_a_new_clip(make, compat):
     for step in (1, 2):
         start = torch.full((ROWS,), step == 1)
         _, state, later = module.learn(
-            features(step), frames_of(step, start), state, truth(step, CLIP[step]), criterion.matcher
+            features(step),
+            frames_of(step, start),
+            state,
+            truth(step, CLIP[step]),
+            criterion.matcher,
         )
         for row in (1, 2):
             own, other = crossing[step].used[row], later.used[row]
@@ -176,7 +180,7 @@ def test_no_agent_anywhere_still_teaches_background(make, compat):
     module, criterion = make(compat)
     clip = ([[], [], []],) * 2
     lessons, states = run(module, criterion, clip=clip)
-    loss = criterion(lessons, None, None)
+    loss = criterion(lessons)
     assert all(bool(value.isfinite()) for value in loss.values())
     sum(loss.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

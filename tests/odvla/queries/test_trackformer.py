@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from odvla import geometry
 from odvla.encoders.protocol import fake_frames
+from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.track_life import (
     EGO,
     NOBODY,
@@ -17,7 +18,6 @@ from odvla.queries.track_life import (
     give_ids,
     move_references,
 )
-from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.trackformer import (
     TrackFormerConfig,
     boxes_of_codes,
