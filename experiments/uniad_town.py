@@ -66,7 +66,7 @@ def uniad_town() -> ExperimentConfig:
         stages=StagesConfig(
             perception=PerceptionStageConfig(
                 optimiser=FROM_NOTHING,
-                steps=6000,
+                steps=3000,
                 losses=ClipLossConfig(past_trajectory=0.1),
                 augmentation=AugmentationConfig(),
             ),
