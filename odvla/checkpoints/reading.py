@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ STEMS = ("vla", "model", "pytorch_model")
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
-_SAFE_DTYPES = {
+SAFE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -175,21 +175,22 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    unknown = [name for name, dtype in dtypes.items() if dtype not in _SAFE_DTYPES]
+    unknown = [name for name, dtype in dtypes.items() if dtype not in SAFE_DTYPES]
     if unknown:
         name = unknown[0]
         raise UserError(f"{path}: {name!r} has numbers of type {dtypes[name]}, not supported")
 
-    def reader(name: str) -> Tensor:
-        try:
-            return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+    def reader(name: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            try:
+                return file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error) from error
+
+        return read
 
     return {
-        name: StoredTensor(
-            tuple(part.get_shape()), _SAFE_DTYPES[dtypes[name]], lambda n=name: reader(n), path
-        )
+        name: StoredTensor(tuple(part.get_shape()), SAFE_DTYPES[dtypes[name]], reader(name), path)
         for name, part in slices.items()
     }
 

@@ -15,13 +15,13 @@ from typing import IO, Any
 
 import torch
 
-from odvla.checkpoints.reading import _SAFE_DTYPES, INDEX
+from odvla.checkpoints.reading import INDEX, SAFE_DTYPES
 from odvla.checkpoints.stored import Stored
 from odvla.errors import UserError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts them
 _ALIGNMENT = 8
-_NAMES = {dtype: name for name, dtype in _SAFE_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFE_DTYPES.items()}
 
 
 def write_safetensors(path: Path, tensors: Stored) -> str:
