@@ -159,12 +159,13 @@ def open_file(path: Path) -> tuple[str, dict[str, StoredTensor]]:
         raise UserError(f"{path} is empty")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them first")
+    # First, as the length that such a file starts with may look like anything.
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors", _read_safetensors(path)
     if start.startswith(ZIP_START):
         return "PyTorch zip", read_torch_file(path)
     if start.startswith(b"\x80"):
         return "PyTorch before 1.6", read_torch_file(path)
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
-        return "safetensors", _read_safetensors(path)
     raise UserError(f"{path} is no file of weights: neither PyTorch's nor safetensors")
 
 

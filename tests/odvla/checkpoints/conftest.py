@@ -72,3 +72,9 @@ def opendrivevla(opendrivevla_keys):
     tensors = random_tensors(opendrivevla_keys["mlp2x_gelu"], dtype=torch.bfloat16)
     del tensors["lm_head.weight"]
     return tensors
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """Makes random values for some keys: see random_tensors."""
+    return random_tensors
