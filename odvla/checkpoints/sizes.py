@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,13 +102,13 @@ def sizes_of(shapes: Shapes) -> Sizes:
     track = track_config(shapes) if shapes.under("queries.track.") else None
     expected: dict[str, Shape] = {}
     if encoder:
-        expected |= _shapes_on_meta(encoder.build, "encoder.")
+        expected |= _shapes_of("encoder.", encoder)
     if track:
         dim = shapes.size("queries.track.query_embedding.weight", 1) // 2
         dim = encoder.dim if encoder else dim
         # The module keeps its grid, but no shape in it depends on the grid.
         where = grid or BevGrid(-RANGE_X_M, -RANGE_X_M, 1.0, 1, 1)
-        expected |= _shapes_on_meta(lambda: track.build(dim, where), "queries.track.")
+        expected |= _shapes_of("queries.track.", track, dim, where)
     has_map = bool(shapes.under("queries.map."))
     if has_map:
         expected |= map_head_shapes(shapes)
@@ -248,20 +249,27 @@ def _projector(shapes: Shapes, prefix: str) -> tuple[ProjectorConfig, dict[str, 
     if "language.model.model.norm.weight" in shapes.of:  # it must fit the model that it feeds
         hidden = shapes.size("language.model.model.norm.weight")
     config = ProjectorConfig(kind)
-    return config, _shapes_on_meta(lambda: config.build(dim, hidden), prefix)
+    return config, _shapes_of(prefix, config, dim, hidden)
 
 
 def _language_shapes(config: LanguageConfig, rows: int) -> dict[str, Shape]:
-    own = _shapes_on_meta(lambda: config.build(rows), "language.")
+    own = _shapes_of("language.", config, rows)
     if config.tie_embeddings:
         del own[HEAD]
     return own
 
 
-def _shapes_on_meta(build: Callable[[], nn.Module], prefix: str) -> dict[str, Shape]:
+@lru_cache
+def _names_and_shapes(config: Any, *arguments: Any) -> Mapping[str, Shape]:
+    """Of what config.build(*arguments) makes. Cached: a tower takes half a second to make."""
     with torch.device("meta"):
-        module = build()
-    return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        module: nn.Module = config.build(*arguments)
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _shapes_of(prefix: str, config: Any, *arguments: Any) -> dict[str, Shape]:
+    own = _names_and_shapes(config, *arguments)
+    return {prefix + name: shape for name, shape in own.items()}
 
 
 def _made(shapes: Shapes, config: Any, **settings: Any) -> Any:

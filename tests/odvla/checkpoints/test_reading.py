@@ -148,7 +148,7 @@ def test_what_cannot_be_a_checkpoint_is_named(tmp_path):
         with pytest.raises(UserError, match=said):
             open_checkpoint(file)
     save_file(TENSORS, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="holds w.pth, x.safetensors; name one"):
+    with pytest.raises(UserError, match=r"holds w\.pth, x\.safetensors; name one"):
         open_checkpoint(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The sizes read from the released lists of keys, and every name and shape that follows from them."""
+"""Sizes read from the released lists of keys, and every name and shape that follows."""
 
 import importlib.util
 
