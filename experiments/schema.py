@@ -38,7 +38,9 @@ class TokenizerConfig:
 
     vocab_size: int = 1024
     max_texts: int = 100_000  # of each data set; a vocabulary is settled long before
-    pretrained: str | None = None  # folder with a tokenizer.json
+    pretrained: str | None = None  # folder with a tokenizer.json, or a hub id
+    # Give every tag a token of its own; False: spell out those that a pretrained tokenizer lacks.
+    add_tags: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dialect: Dialect = field(default_factory=Dialect)
+    force_dialect: bool = False  # take weights that were trained on other prompts all the same
     stages: StagesConfig = field(default_factory=StagesConfig)
     run: tuple[str, ...] = STAGES[1:]
     town: TownSettings | None = None  # made when the data root holds no data
@@ -214,6 +217,7 @@ class ExperimentConfig:
             "model": self.model,
             "tokenizer": self.tokenizer,
             "dialect": self.dialect,
+            "dialect_sha256": self.dialect.wording.sha256,
             "stage": self.stages.of(stage),
             "data": getattr(self.data, stage),
             "common": common,

@@ -35,8 +35,10 @@ from experiments.handoff import (
     WEIGHTS,
     Card,
     card_sha256,
+    check_dialect,
     check_files,
     git_commit,
+    learned_dialect,
     load_handoff,
     read_card,
 )
@@ -124,8 +126,9 @@ class StageRun:
         started = time.monotonic()
         shop, config = self.shop, self.shop.config
         resume = self._open()
+        parent: Card | None = None
         if self.parent is not None:  # otherwise the model has its first weights still
-            load_handoff(self.parent, self.stage, shop.vla, to_tree(config.model))
+            parent = load_handoff(self.parent, self.stage, shop.vla, config)
         data = data_module(config, self.stage, shop.tokenizer)
         module = self._module(self._total_steps(data))
         logger = shop.tracker.stage(self.stage, resume, self._params(), self._tags())
@@ -165,6 +168,7 @@ class StageRun:
             raise
         if is_first_process():
             shop.tokenizer.save(self.folder / TOKENIZER)
+            trained = trained_counts(shop.vla.named_parameters())
             card = Card(
                 experiment=config.name,
                 stage=self.stage,
@@ -173,11 +177,12 @@ class StageRun:
                 git_commit=git_commit(),
                 weights_sha256=weights,
                 tokenizer_sha256=file_sha256(self.folder / TOKENIZER / "tokenizer.json"),
-                parent_stage=read_card(self.parent).stage if self.parent else None,
+                parent_stage=parent.stage if parent else None,
                 seed=config.seed,
                 steps=trainer.global_step,
                 seconds=round(time.monotonic() - started, 1),
-                trained=trained_counts(shop.vla.named_parameters()),
+                trained=trained,
+                dialect=learned_dialect(trained, config.dialect, parent),
                 frozen_before=freeze.before,
                 frozen_after=freeze.after,
                 metrics=metrics,
@@ -194,7 +199,9 @@ class StageRun:
         Raises:
             UserError: the handoff is missing or damaged.
         """
-        check_files(self.folder, read_card(self.folder))
+        card = read_card(self.folder)
+        check_files(self.folder, card)
+        check_dialect(self.folder, card, self.shop.config)
         load_weights(self.shop.vla, self.folder / WEIGHTS)
         data = data_module(self.shop.config, self.stage, self.shop.tokenizer)
         self.evaluate(self._module(1), data, False)

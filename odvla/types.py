@@ -198,7 +198,8 @@ class Turn:
 class Conversation:
     """A record of a language dataset, ready to be tokenised.
 
-    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>.
+    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>, or
+    `object_track`, the id of a track that the model itself follows.
     `reference` is what metrics compare with; `meta` holds what they group by (template_type, ...).
     """
 
@@ -210,6 +211,7 @@ class Conversation:
     reference: str
     object_box: tuple[float, ...] | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    object_track: int | None = None
 
 
 @jaxtyped(typechecker=beartype)
@@ -226,6 +228,7 @@ class Talk(TensorFields):
     frame_index: Int64[Tensor, " G"]  # row of the Frames this conversation is about
     object_boxes: Float[Tensor, "G 9"]  # NaN where the text has no <OBJECT>
     conversations: tuple[Conversation, ...]
+    object_tracks: Int64[Tensor, " G"] | None = None  # track id of the <OBJECT>; -1: by its box
 
 
 @dataclass(frozen=True)

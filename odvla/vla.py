@@ -63,6 +63,10 @@ class VLAConfig:
     # language model that nobody has pre-trained takes long to learn what digits mean. Not in the
     # paper.
     ego_token: bool = False
+    # A conversation longer than this many places, or than the language model's context (0), is
+    # refused; cut: its end is lost instead, as in the released code.
+    max_length: int = 0
+    cut_to_length: bool = False
 
     def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
         """The model, for texts of this tokenizer.
@@ -143,7 +147,7 @@ class DrivingVLA(nn.Module):
                 )
             self.queries[module.stream] = module
             widths[module.stream] = module.dim
-        self.language: CausalLM = config.language.build(len(tokenizer))
+        self.language: CausalLM = config.language.build(len(tokenizer), tokenizer.added_ids)
         if config.ego_token:
             widths["ego"] = len(EGO_SCALES)
             self.register_buffer("ego_scales", torch.tensor(EGO_SCALES), persistent=False)
@@ -325,12 +329,21 @@ class DrivingVLA(nn.Module):
             here = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
             streams["ego"] = (self.projectors["ego"](state[:, None]), here)
         text = self.language.embed(talk.input_ids.clamp(min=0))
-        spliced = splice(text, talk, streams, object_token[rows], pad_left=pad_left)
-        if spliced.embeds.shape[1] > self.language.max_positions:
+        limit = self.config.max_length or self.language.max_positions
+        spliced = splice(
+            text,
+            talk,
+            streams,
+            object_token[rows],
+            pad_left=pad_left,
+            max_length=limit if self.config.cut_to_length else None,
+        )
+        if spliced.embeds.shape[1] > limit:
             longest = int(spliced.attention_mask.sum(1).argmax())
+            whose = "model.max_length" if self.config.max_length else "the language model's"
             raise UserError(
                 f"conversation {talk.conversations[longest].id} takes {spliced.embeds.shape[1]} "
-                f"tokens, more than the language model's {self.language.max_positions} positions"
+                f"tokens, more than {whose} {limit} positions"
             )
         return spliced
 
@@ -354,4 +367,5 @@ def _rows_of(talk: Talk, rows: Tensor) -> Talk:
         frame_index=talk.frame_index[rows],
         object_boxes=talk.object_boxes[rows],
         conversations=tuple(talk.conversations[number] for number in numbers),
+        object_tracks=None if talk.object_tracks is None else talk.object_tracks[rows],
     )

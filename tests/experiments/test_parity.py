@@ -27,6 +27,10 @@ RUN = (
     "c_track_decoder",
     "d_track_memory_qim",
     "f_msda_unit",
+    "g_glue_mlp2x_gelu",
+    "g_glue_qwen2_5_rms",
+    "j_label_mask",
+    "j_prompts",
     "k_e2e",
     "k_e2e_zeroed",
 )
@@ -40,7 +44,7 @@ def test_a_case_is_equal_to_the_reference(golden, stem):
     assert len(outcome.checks) >= 2
 
 
-def test_all_cases_of_the_vision_tower_are_known(golden):
+def test_all_cases_are_known(golden):
     found = cases(golden.folder)
     assert set(RUN) <= set(found)
     others = [stem for stem in found if stem not in RUN]
@@ -60,6 +64,17 @@ def spoiled(shared, tmp_path):
     save_file(tensors, tmp_path / "b_rotate_unit.safetensors")
     (tmp_path / "index.json").write_text("{}")
     return tmp_path
+
+
+def test_a_letter_that_differs_is_a_failure(shared, tmp_path):
+    facts = json.loads((shared / "golden" / "j_prompts.json").read_text())
+    facts["records"][1]["inference_prompt"] += " "
+    (tmp_path / "j_prompts.json").write_text(json.dumps(facts))
+    (tmp_path / "index.json").write_text("{}")
+    outcome = run_case(Golden(tmp_path), "j_prompts")
+    assert [check.name for check in outcome.checks if not check.passed] == [
+        "tok1_trajectory/prompt"
+    ]
 
 
 def test_a_difference_is_a_failure_with_its_array(spoiled):

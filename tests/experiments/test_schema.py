@@ -47,7 +47,7 @@ def test_every_listed_experiment_builds(name, tokenizer):
         ("stages.planning.steps=-1", "steps or epochs"),
         ("trainer.devices=0", "trainer.devices"),
         ("trainer.precision=16", "32-true, bf16-mixed"),
-        ("dialect.name=reference", "ego_token has no place"),
+        ("dialect.name=odvla", "ego_token has no place"),
         ("dialect.without=[ego]", "ego_token has no place"),
         ("stages.planning.samples=0", "at least 1 sample"),
     ],
