@@ -63,7 +63,12 @@ class Report:
 
 
 def import_weights(
-    source: Path, layout: Layout, out: Path, *, limit: int = DEFAULT_SHARD_BYTES
+    source: Path,
+    layout: Layout,
+    out: Path,
+    *,
+    limit: int = DEFAULT_SHARD_BYTES,
+    extra: Mapping[str, str] | None = None,
 ) -> Report:
     """Convert a checkpoint of another project into a folder of ours.
 
@@ -72,6 +77,7 @@ def import_weights(
         layout: whose it is.
         out: folder to make; it must not be there yet, or be empty.
         limit: bytes a file of weights.
+        extra: texts to put beside the weights, by file name.
 
     Raises:
         UserError: the checkpoint cannot be read, or a tensor in it is unknown, missing or of a
@@ -82,7 +88,7 @@ def import_weights(
     _refuse_unknown(checkpoint, layout, renamed)
     original = _originals(checkpoint, renamed)
     ours = {new: checkpoint.tensors[old] for old, new in renamed.names.items()}
-    head = _untie(ours) if layout is OPENDRIVEVLA else None
+    head = untie(ours) if layout is OPENDRIVEVLA else None
     sizes = check_shapes(ours, layout, source, original)
     unused = {name: checkpoint.tensors[name] for name in renamed.unused}
     back = layout.to_theirs(ours).names
@@ -107,6 +113,8 @@ def import_weights(
             (folder / SOURCE_FILES).mkdir()
             for name, file in kept.items():
                 shutil.copyfile(file, folder / SOURCE_FILES / name)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / NOTE).write_text(json.dumps(note, indent=1))
     return Report(out, count(ours), sizes, unused=renamed.unused)
 
@@ -135,8 +143,12 @@ def _originals(checkpoint: Checkpoint, renamed: Renamed) -> dict[str, str]:
     return original
 
 
-def _untie(ours: dict[str, StoredTensor]) -> str:
-    """Leave out an output layer that is the embedding once more, as our files do."""
+def untie(ours: dict[str, StoredTensor]) -> str:
+    """Leave out an output layer that is the embedding once more, as our files do.
+
+    Returns:
+        How the checkpoint had it: HEAD_ABSENT, HEAD_COPY or HEAD_OWN.
+    """
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
     if head is None:
         return HEAD_ABSENT
@@ -152,22 +164,30 @@ def _bytes(tensor: StoredTensor) -> torch.Tensor:
     return tensor.read().contiguous().reshape(-1).view(torch.uint8)
 
 
-def check_shapes(ours: Stored, layout: Layout, source: Path, original: Mapping[str, str]) -> Sizes:
+def check_shapes(
+    ours: Stored, layout: Layout | None, source: Path, original: Mapping[str, str]
+) -> Sizes:
     """Hold every name and shape against the modules that will read them.
+
+    Args:
+        ours: tensors under our names.
+        layout: whose model must be whole; None: any parts will do, each of them whole.
+        source: for messages.
+        original: our names -> what they are called in the source.
 
     Raises:
         UserError: naming the first tensor that is missing, too many or of another shape.
     """
-    back = layout.to_theirs
-    named = {**back([HEAD, EMBEDDING]).names, **original}
 
     def name_of(name: str) -> str:
-        return named.get(name) or back([name]).names.get(name, name)
+        theirs = layout.to_theirs([name]).names if layout else {}
+        return original.get(name, theirs.get(name, name))
 
-    parts = {component_of(name) for name in ours}
-    for component in layout.components:
-        if component not in parts:
-            raise UserError(f"{source} holds nothing of {component}, so it is no {layout.title}")
+    if layout is not None:
+        parts = {component_of(name) for name in ours}
+        absent = [component for component in layout.components if component not in parts]
+        if absent:
+            raise UserError(f"{source} holds nothing of {absent[0]}, so it is no {layout.title}")
     shapes = {name: tensor.shape for name, tensor in ours.items()}
     sizes = sizes_of(Shapes(shapes, str(source), name_of))
     expected = sizes.shapes
