@@ -1,4 +1,4 @@
-"""Which experiments a checkpoint fits: their parts, built on the meta device, against its shapes."""
+"""Which experiments a checkpoint fits: its shapes against their parts on the meta device."""
 
 from __future__ import annotations
 

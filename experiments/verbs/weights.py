@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,12 +101,14 @@ def convert_weights(options: argparse.Namespace) -> None:
     if options.reference is not None and options.origin != "opendrivevla":
         raise UserError("--reference goes with --from opendrivevla: other weights read no prompts")
     if there:
-        extra = {}
+        extra: dict[str, Callable[[Path], None]] = {}
         if options.reference is not None:
             from experiments.released_dialect import DIALECT, read_released_dialect
+            from odvla.language.dialect_file import write_dialect
 
             # Before the conversion, which takes minutes: a wrong checkout shows at once.
-            extra[DIALECT] = read_released_dialect(options.reference, options.source)
+            content = read_released_dialect(options.reference, options.source)
+            extra[DIALECT] = lambda path: write_dialect(content, path)
         with console.status("converting"):
             report = import_weights(
                 options.source, LAYOUTS[options.origin], options.out, limit=limit, extra=extra

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ def import_weights(
     out: Path,
     *,
     limit: int = DEFAULT_SHARD_BYTES,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Report:
     """Convert a checkpoint of another project into a folder of ours.
 
@@ -77,7 +77,7 @@ def import_weights(
         layout: whose it is.
         out: folder to make; it must not be there yet, or be empty.
         limit: bytes a file of weights.
-        extra: texts to put beside the weights, by file name.
+        extra: what else to write beside the weights: file name -> what writes it.
 
     Raises:
         UserError: the checkpoint cannot be read, or a tensor in it is unknown, missing or of a
@@ -113,8 +113,8 @@ def import_weights(
             (folder / SOURCE_FILES).mkdir()
             for name, file in kept.items():
                 shutil.copyfile(file, folder / SOURCE_FILES / name)
-        for name, text in (extra or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, write in (extra or {}).items():
+            write(folder / name)
         (folder / NOTE).write_text(json.dumps(note, indent=1))
     return Report(out, count(ours), sizes, unused=renamed.unused)
 
