@@ -52,6 +52,10 @@ class Card:
     metrics: dict[str, float]
     # Dialect.identity() of the prompts that the weights have learned from; None: from none.
     dialect: dict[str, Any] | None = None
+    # Weights of other projects that a first stage started from: what stands for their content, and
+    # path, hashes and tensors of each component.
+    init_identity: str | None = None
+    init: dict[str, Any] | None = None
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:

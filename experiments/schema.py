@@ -163,6 +163,29 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Weights that the first stage starts from; what they do not fill stays random."""
+
+    weights: str = ""  # what `weights convert` made, or any file of our names; "": none
+    # Parts to load, each of them whole: encoder, queries, projectors, language, or one of several,
+    # e.g. queries.track; (): all that the file holds.
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the parts.
+
+        Raises:
+            UserError: naming the one that does not exist.
+        """
+        for part in self.parts:
+            if part.split(".")[0] not in ("encoder", "queries", "projectors", "language"):
+                raise UserError(
+                    f"init.parts must be some of encoder, queries, projectors, language, not "
+                    f"{part!r}"
+                )
+
+
+@dataclass(frozen=True)
 class ExperimentConfig:
     """An experiment: model, data, stages and the order they are run in."""
 
@@ -172,6 +195,7 @@ class ExperimentConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dialect: Dialect = field(default_factory=Dialect)
     force_dialect: bool = False  # take weights that were trained on other prompts all the same
+    init: InitConfig = field(default_factory=InitConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     run: tuple[str, ...] = STAGES[1:]
     town: TownSettings | None = None  # made when the data root holds no data

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ from experiments.handoff import (
     load_handoff,
     read_card,
 )
+from experiments.initial_weights import Initial, identity, load_initial
 from experiments.prepare import data_module
 from experiments.schema import ExperimentConfig
 from experiments.tracking import Tracker
@@ -102,11 +104,16 @@ class StageRun:
         self.parent = parent
         self.folder = shop.folder / stage
         self.settings = shop.config.stages.of(stage)
-        # A finished stage stands as long as these are the same.
-        self.key: dict[str, Any] = {
-            "stage_hash": shop.config.stage_hash(stage),
-            "data_fingerprint": shop.fingerprint,
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """A finished stage stands as long as these are the same."""
+        config, parent = self.shop.config, self.parent
+        return {
+            "stage_hash": config.stage_hash(self.stage),
+            "data_fingerprint": self.shop.fingerprint,
             "parent_card_sha256": card_sha256(parent) if parent is not None else None,
+            "init_identity": identity(config.init) if parent is None else None,
         }
 
     def is_finished(self) -> bool:
@@ -127,7 +134,10 @@ class StageRun:
         shop, config = self.shop, self.shop.config
         resume = self._open()
         parent: Card | None = None
-        if self.parent is not None:  # otherwise the model has its first weights still
+        initial: Initial | None = None
+        if self.parent is None:  # the model has its first weights still
+            initial = load_initial(shop.vla, config)
+        else:  # whatever init names: trained weights are never overwritten with it
             parent = load_handoff(self.parent, self.stage, shop.vla, config)
         data = data_module(config, self.stage, shop.tokenizer)
         module = self._module(self._total_steps(data))
@@ -182,7 +192,9 @@ class StageRun:
                 steps=trainer.global_step,
                 seconds=round(time.monotonic() - started, 1),
                 trained=trained,
-                dialect=learned_dialect(trained, config.dialect, parent),
+                dialect=learned_dialect(trained, config.dialect, parent)
+                or (initial.dialect if initial else None),
+                init=initial.record if initial else None,
                 frozen_before=freeze.before,
                 frozen_after=freeze.after,
                 metrics=metrics,

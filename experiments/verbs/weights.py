@@ -168,7 +168,7 @@ def as_tree(found: Contents, experiments: dict[str, dict[str, str]]) -> dict[str
         "files": found.files,
         "layout": found.layout,
         "tensors": found.tensors,
-        "parameters": found.values,
+        "parameters": found.parameters,
         "dtypes": found.dtypes,
         "components": {
             name: {"tensors": number, "parameters": values}
@@ -200,7 +200,7 @@ def _print_contents(
     console.print(f"{found.path}: {len(found.files)} file(s), {size / 1e6:,.1f} MB", markup=False)
     dtypes = ", ".join(f"{number} {name}" for name, number in found.dtypes.items())
     console.print(f"format: {found.format}; names: {whose}")
-    console.print(f"{found.tensors:,} tensors, {found.values:,} values ({dtypes})")
+    console.print(f"{found.tensors:,} tensors, {found.parameters:,} parameters ({dtypes})")
     console.print(_table(found.components))
     for name, reason in found.unused.items():
         console.print(f"set aside by a conversion: {name} ({reason})", markup=False)

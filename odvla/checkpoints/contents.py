@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from odvla.checkpoints.convert import HEAD_OWN, check_shapes, count, untie
+from odvla.checkpoints.convert import HEAD_OWN, STATISTICS, check_shapes, count, untie
 from odvla.checkpoints.reading import open_checkpoint
 from odvla.checkpoints.sizes import EMBEDDING, HEADS, Sizes, qwen_name
 from odvla.checkpoints.stored import Stored, StoredTensor
@@ -31,9 +31,9 @@ class Contents:
     files: dict[str, int]  # bytes of each
     layout: str | None  # whose names it has: odvla, uniad, opendrivevla; None: nobody's we know
     tensors: int
-    values: int
+    parameters: int
     dtypes: dict[str, int]  # tensors of each type
-    components: dict[str, tuple[int, int]]  # tensors and values of each
+    components: dict[str, tuple[int, int]]  # tensors and parameters of each
     unused: dict[str, str]  # what a conversion sets aside, and why
     unknown: tuple[str, ...]
     sizes: Sizes | None  # None where the shapes make no whole model
@@ -70,7 +70,7 @@ def contents_of(path: Path) -> Contents:
         files={file.name: file.stat().st_size for file in checkpoint.files},
         layout=layout,
         tensors=len(tensors),
-        values=sum(tensor.numel for tensor in tensors.values()),
+        parameters=sum(t.numel for n, t in tensors.items() if not n.endswith(STATISTICS)),
         dtypes=dict(dtypes.most_common()),
         components=count(ours) if layout else _first_parts(tensors),
         unused=unused,

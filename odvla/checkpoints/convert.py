@@ -45,6 +45,8 @@ BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
+# What BatchNorm keeps besides its parameters.
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 # How a checkpoint stores a language model's output layer.
 HEAD_ABSENT, HEAD_COPY, HEAD_OWN = "absent: it is the embedding", "a copy of the embedding", "own"
 
@@ -54,7 +56,7 @@ class Report:
     """What a conversion did."""
 
     out: Path
-    components: dict[str, tuple[int, int]]  # tensors and values of each part of the model
+    components: dict[str, tuple[int, int]]  # tensors and parameters of each part of the model
     sizes: Sizes
     unused: dict[str, str] = field(default_factory=dict)  # name and reason, kept for the way back
     absent: tuple[str, ...] = ()  # names the target's own code has and that are not written
@@ -211,11 +213,12 @@ def check_shapes(
 
 
 def count(tensors: Stored) -> dict[str, tuple[int, int]]:
-    """Tensors and values of each component."""
+    """Tensors and parameters of each component; statistics of BatchNorm are no parameters."""
     found: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
-        tensors_before, values = found.get(component_of(name), (0, 0))
-        found[component_of(name)] = tensors_before + 1, values + tensor.numel
+        number, values = found.get(component_of(name), (0, 0))
+        own = 0 if name.endswith(STATISTICS) else tensor.numel
+        found[component_of(name)] = number + 1, values + own
     return found
 
 

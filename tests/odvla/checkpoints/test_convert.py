@@ -90,7 +90,7 @@ def test_opendrivevla_there_and_back_is_bit_equal(
     elif head == "copy":
         tensors[HEAD] = tensors[TIED].clone()
     source = write(tensors, tmp_path / "released", shards=2)
-    config = {"vocab_size": 96, "mm_projector_type": kind, "mm_vision_tower": "somewhere"}
+    config = {"vocab_size": 600, "mm_projector_type": kind, "mm_vision_tower": "somewhere"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "tokenizer.json").write_text("{}")
     there = import_weights(source, OPENDRIVEVLA, tmp_path / "ours", limit=200_000)
@@ -184,7 +184,7 @@ def test_without_the_unused_tensors_the_way_back_says_what_is_missing(tmp_path, 
 
 def test_a_grown_vocabulary_shows_in_the_exported_config(tmp_path, opendrivevla):
     source = write(opendrivevla, tmp_path / "released", shards=2)
-    (source / "config.json").write_text('{"vocab_size": 96, "tie_word_embeddings": true}')
+    (source / "config.json").write_text('{"vocab_size": 600, "tie_word_embeddings": true}')
     import_weights(source, OPENDRIVEVLA, tmp_path / "ours")
     trained = read(tmp_path / "ours")
     trained[EMBEDDING] = torch.cat([trained[EMBEDDING], trained[EMBEDDING][:4]])
@@ -193,8 +193,8 @@ def test_a_grown_vocabulary_shows_in_the_exported_config(tmp_path, opendrivevla)
     report = export_weights(
         tmp_path / "stage", OPENDRIVEVLA, tmp_path / "back", like=tmp_path / "ours"
     )
-    assert report.notes == ("config.json: vocab_size is now 100",)
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 100
+    assert report.notes == ("config.json: vocab_size is now 604",)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 604
 
 
 # -- bad input --------------------------------------------------------------------------------

@@ -1,0 +1,288 @@
+"""Runs that start from converted weights: strict, logged, vouched for, never over trained ones."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments.initial_weights import identity, load_initial
+from experiments.pipeline import open_pipeline
+from experiments.schema import InitConfig
+from experiments.tiny import smoke
+from odvla.errors import UserError
+from odvla.language.dialect_file import write_dialect
+from odvla.language.prompts import Dialect
+from odvla.language.tokenizer import train_tokenizer
+from odvla.weights import save_weights, tensor_sha256
+
+EMBEDDING = "language.model.model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a car drives on"] * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def config():
+    base = smoke()
+    return replace(base, model=replace(base.model, ego_token=False))
+
+
+def build(config, tokenizer, seed):
+    torch.manual_seed(seed)
+    return config.model.build(tokenizer)
+
+
+@pytest.fixture
+def given(config, tokenizer, tmp_path):
+    """Weights on disk, of a model like the experiment's."""
+    path = tmp_path / "given" / "vla.safetensors"
+    save_weights(build(config, tokenizer, 1), path)
+    return path
+
+
+def starting_from(config, path, *parts):
+    return replace(config, init=InitConfig(str(path), parts))
+
+
+def tensors_of(vla):
+    return {name: tensor.clone() for name, tensor in vla.state_dict().items()}
+
+
+def test_every_tensor_that_the_file_holds_is_loaded(config, tokenizer, given):
+    vla = build(config, tokenizer, 2)
+    found = load_initial(vla, starting_from(config, given.parent))
+    wanted = load_file(given)
+    own = tensors_of(vla)
+    assert all(torch.equal(own[name], tensor) for name, tensor in wanted.items())
+    assert sum(found.record["tensors"].values()) == len(wanted)
+    assert set(found.record["tensors"]) == {
+        "encoder",
+        "queries.track",
+        "queries.map",
+        "projectors.scene",
+        "projectors.track",
+        "projectors.map",
+        "language",
+    }
+    assert found.dialect is None
+
+
+def test_parts_are_loaded_whole_and_others_left_alone(config, tokenizer, given, caplog):
+    vla = build(config, tokenizer, 2)
+    before = tensors_of(vla)
+    with caplog.at_level("INFO", logger="experiments"):
+        found = load_initial(vla, starting_from(config, given, "encoder", "queries.track"))
+    assert set(found.record["tensors"]) == {"encoder", "queries.track"}
+    wanted = load_file(given)
+    for name, tensor in tensors_of(vla).items():
+        loaded = name.startswith(("encoder.", "queries.track."))
+        assert torch.equal(tensor, wanted[name] if loaded else before[name]), name
+    assert "initial weights: encoder," in caplog.text
+    assert "projectors.map, projectors.scene, projectors.track, queries.map start as" in caplog.text
+
+
+def test_numbers_of_another_type_are_converted(config, tokenizer, given):
+    half = {
+        name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(given).items()
+    }
+    save_file(half, given)
+    vla = build(config, tokenizer, 2)
+    load_initial(vla, starting_from(config, given))
+    own = vla.state_dict()[EMBEDDING]
+    assert own.dtype == torch.float32
+    assert torch.equal(own, half[EMBEDDING].float())
+
+
+def test_a_smaller_vocabulary_is_filled_up_with_its_mean(config, tokenizer, given):
+    tensors = load_file(given)
+    whole = tensors[EMBEDDING]
+    tensors[EMBEDDING] = whole[:-5].clone()
+    save_file(tensors, given)
+    vla = build(config, tokenizer, 2)
+    load_initial(vla, starting_from(config, given))
+    own = vla.state_dict()[EMBEDDING]
+    assert torch.equal(own[:-5], whole[:-5])
+    torch.testing.assert_close(own[-5:], whole[:-5].mean(0).expand(5, -1))
+    assert torch.equal(vla.language.head.weight, own)  # still tied
+
+
+def spoil(given, change):
+    tensors = load_file(given)
+    change(tensors)
+    save_file(tensors, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts", "message"),
+    [
+        (lambda t: t.pop(EMBEDDING), (), "lacks 'language.model.model.embed_tokens.weight'"),
+        (lambda t: t.update({"encoder.x": torch.zeros(1)}), (), r"holds 'encoder\.x', which the m"),
+        (
+            lambda t: t.update({EMBEDDING: torch.zeros(2000, 32)}),
+            (),
+            r"set model\.language\.vocab_size=2000",
+        ),
+        (
+            lambda t: t.update({"queries.ghost.x": torch.zeros(1)}),
+            (),
+            r"holds queries\.ghost, which the model does not have; name those",
+        ),
+        (
+            lambda t: t.update({"img_backbone.x": torch.zeros(1)}),
+            (),
+            r"holds 'img_backbone\.x', .* convert it first",
+        ),
+        (lambda t: None, ("queries.scene",), r"init\.parts names 'queries\.scene'"),
+        (
+            lambda t: t.update({"projectors.map.0.bias": torch.zeros(7)}),
+            (),
+            r"'projectors\.map\.0\.bias' has shape \(7,\), the model wants \(32,\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(
+    config, tokenizer, given, change, parts, message
+):
+    spoil(given, change)
+    vla = build(config, tokenizer, 2)
+    before = tensors_of(vla)
+    with pytest.raises(UserError, match=message):
+        load_initial(vla, starting_from(config, given, *parts))
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors_of(vla).items())
+
+
+def test_weights_that_changed_since_their_conversion_are_refused(config, tokenizer, given):
+    (given.parent / "weights.json").write_text(
+        json.dumps({"sha256": {"vla.safetensors": "0" * 64}})
+    )
+    assert identity(InitConfig(str(given)))
+    with pytest.raises(UserError, match=r"vla\.safetensors is not the file that weights\.json"):
+        load_initial(build(config, tokenizer, 2), starting_from(config, given))
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(UserError, match=r"init\.parts must be some of .*, not 'tower'"):
+        InitConfig("x", ("tower",))
+
+
+def test_weights_that_speak_another_dialect_are_refused(config, tokenizer, given):
+    other = {**Dialect("compact").wording.content, "system": "Other words."}
+    write_dialect(other, given.parent / "dialect.yaml")
+    vla = build(config, tokenizer, 2)
+    load_initial(vla, starting_from(config, given, "encoder", "queries"))  # they read no prompts
+    with pytest.raises(UserError, match="was trained on dialect"):
+        load_initial(vla, starting_from(config, given))
+    forced = replace(starting_from(config, given), force_dialect=True)
+    assert load_initial(vla, forced).dialect["content"]["system"] == "Other words."
+    same = replace(
+        starting_from(config, given), dialect=Dialect(str(given.parent / "dialect.yaml"))
+    )
+    assert load_initial(vla, same).dialect == same.dialect.identity()
+
+
+# -- in a run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(config, town_root, tmp_path_factory):
+    """Perception and planning, a step each, from given weights."""
+    folder = tmp_path_factory.mktemp("init")
+    planning = replace(config.stages.planning, steps=1)
+    config = replace(
+        config,
+        town=None,
+        run=("perception", "planning"),
+        data=replace(
+            config.data,
+            root=str(town_root),
+            version=next(town_root.glob("v1.0-*")).name,
+            image_size=(64, 36),
+            train_scenes=1,
+            eval_scenes=1,
+        ),
+        stages=replace(
+            config.stages,
+            perception=replace(config.stages.perception, steps=1),
+            planning=planning,
+        ),
+    )
+    seeded = open_pipeline(replace(config, name="other", seed=5), folder, progress=False)
+    given = folder / "given.safetensors"
+    save_weights(seeded.shop.vla, given)
+    config = replace(config, init=InitConfig(str(given), ("encoder", "queries")))
+    open_pipeline(config, folder, progress=False).fit()
+    return config, folder, given
+
+
+def card(run, stage):
+    config, folder, _ = run
+    return json.loads((folder / config.name / stage / "card.json").read_text())
+
+
+def test_the_card_tells_what_the_first_stage_started_from(run):
+    from odvla.weights import file_sha256
+
+    _, _, given = run
+    first, second = card(run, "perception"), card(run, "planning")
+    assert first["init"]["path"] == str(given)
+    assert first["init"]["sha256"] == {given.name: file_sha256(given)}
+    assert set(first["init"]["tensors"]) == {"encoder", "queries.track", "queries.map"}
+    assert second["init"] is None
+    assert second["init_identity"] is None
+
+
+def test_a_trained_tower_is_never_overwritten_with_the_initial_one(run):
+    """Trap: the released code restores UniAD's weights over newly trained ones."""
+    config, folder, given = run
+    initial = load_file(given)
+    trained = load_file(folder / config.name / "perception" / "vla.safetensors")
+    changed = [
+        name
+        for name in initial
+        if name.startswith("encoder.") and not torch.equal(initial[name], trained[name])
+    ]
+    assert changed  # perception has trained it
+    before = card(run, "planning")["frozen_before"]  # what planning started from
+    looked_at = [name for name in changed if name in before]
+    assert looked_at
+    for name in looked_at:
+        assert before[name] == tensor_sha256(trained[name]) != tensor_sha256(initial[name])
+
+
+def test_a_run_from_a_handoff_does_not_look_at_the_initial_weights(run, caplog):
+    config, folder, given = run
+    parent = folder / config.name / "perception"
+    moved = replace(config, name="later", init=InitConfig(str(given.with_name("gone.safetensors"))))
+    with caplog.at_level("INFO", logger="experiments"):
+        pipeline = open_pipeline(moved, folder, parent, progress=False)
+        pipeline.fit()
+    assert "init.weights are not loaded: stage planning starts from" in caplog.text
+    found = json.loads((folder / "later" / "planning" / "card.json").read_text())
+    assert found["init"] is None
+
+
+def test_other_initial_weights_make_another_run(run):
+    config, folder, given = run
+    assert open_stage(config, folder).is_finished()
+    other = given.with_name("other.safetensors")
+    tensors = load_file(given)
+    save_file(
+        {name: tensor + 1 if "weight" in name else tensor for name, tensor in tensors.items()},
+        other,
+    )
+    assert not open_stage(
+        replace(config, init=replace(config.init, weights=str(other))), folder
+    ).is_finished()
+    assert not open_stage(
+        replace(config, init=replace(config.init, parts=("encoder",))), folder
+    ).is_finished()
+
+
+def open_stage(config, folder):
+    from experiments.stage_run import StageRun
+
+    return StageRun(open_pipeline(config, folder, progress=False).shop, "perception", None)
