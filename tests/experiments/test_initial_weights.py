@@ -191,7 +191,7 @@ def test_weights_that_speak_another_dialect_are_refused(config, tokenizer, given
 def run(config, town_root, tmp_path_factory):
     """Perception and planning, a step each, from given weights."""
     folder = tmp_path_factory.mktemp("init")
-    planning = replace(config.stages.planning, steps=1)
+    planning = replace(config.stages.planning, steps=1, max_new_tokens=2)
     config = replace(
         config,
         town=None,
@@ -203,6 +203,7 @@ def run(config, town_root, tmp_path_factory):
             image_size=(64, 36),
             train_scenes=1,
             eval_scenes=1,
+            planning=replace(config.data.planning, batch_size=2, eval_frames_stride=20),
         ),
         stages=replace(
             config.stages,
