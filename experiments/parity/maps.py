@@ -27,6 +27,7 @@ from odvla.losses.panoptic_map import (
 from odvla.queries.panoptic_map import (
     Candidates,
     Drawing,
+    EncoderLayer,
     PanopticMap,
     PanopticMapConfig,
     attention_levels,
@@ -126,7 +127,9 @@ def head(golden: Golden, stem: str) -> Iterator[Check]:
     segm = (things > module.rules.covered)[0][merged.order[0]]
     yield Check("segm", segm.to(torch.uint8), wanted["segm"], "index")
     yield from _merged(module, candidates, things, merged, wanted)
-    tokens = module.tokens(drawing, merged, module.predictions(decoding, candidates, drawing, merged))
+    tokens = module.tokens(
+        drawing, merged, module.predictions(decoding, candidates, drawing, merged)
+    )
     places = merged.kept[0].nonzero()[:, 0]
     yield Check("chosen_positions", places, wanted["chosen_positions"], "index")
     yield Check("output_query_things", drawing.thing_queries[0], wanted["output_query_things"])
@@ -142,6 +145,7 @@ def _encoder(module: PanopticMap, bev: Tensor, wanted: dict[str, Tensor]) -> Ite
     yield Check("memory_pos", positions, wanted["memory_pos"][0])
     x, at = bev.flatten(2).transpose(1, 2), module.centres[None]
     for number, layer in enumerate(module.encoder):
+        assert isinstance(layer, EncoderLayer)
         if f"enc_layer{number}_attn_out" in wanted:
             read = layer.attend(x, positions, module.size, at)
             yield Check(f"enc_layer{number}_attn", read, wanted[f"enc_layer{number}_attn_out"])
@@ -314,7 +318,9 @@ def frame(
         theirs = wanted["output_query_things"]
         every = settle_rows(rows, scores, torch.arange(len(rows)), theirs)
         yield Check(f"{label}output_query_things", every, theirs)
-    tokens = module.tokens(drawing, merged, module.predictions(decoding, candidates, drawing, merged))
+    tokens = module.tokens(
+        drawing, merged, module.predictions(decoding, candidates, drawing, merged)
+    )
     theirs = wanted.get("chosen_output_query_things", rows[:0])
     chosen = settle_rows(rows, scores, merged.kept[0].nonzero()[:, 0], theirs)
     yield Check(f"{label}chosen_output_query_things", chosen, theirs)

@@ -188,7 +188,9 @@ class PanopticMapCriterion(nn.Module):
     # -- matching ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def cost(self, logits: Tensor, boxes: Tensor, things: ThingTargets, costs: MatchCosts) -> Tensor:
+    def cost(
+        self, logits: Tensor, boxes: Tensor, things: ThingTargets, costs: MatchCosts
+    ) -> Tensor:
         """What it costs to match queries with elements [B, Q, M], masks left out.
 
         Args:
