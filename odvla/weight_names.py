@@ -175,6 +175,11 @@ OPENDRIVEVLA = Layout(
 LAYOUTS = {layout.name: layout for layout in (UNIAD, OPENDRIVEVLA)}
 
 
+def from_uniad(names: Iterable[str]) -> Renamed:
+    """UniAD's names to ours."""
+    return UNIAD.to_ours(names)
+
+
 def component_of(name: str) -> str:
     """The part of the model that one of our names belongs to, e.g. "queries.map"."""
     first, _, rest = name.partition(".")

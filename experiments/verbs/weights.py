@@ -182,6 +182,7 @@ def as_tree(found: Contents, experiments: dict[str, dict[str, str]]) -> dict[str
         "sizes": {
             "encoder": to_tree(sizes.encoder),
             "track": to_tree(sizes.track),
+            "map": to_tree(sizes.map),
             "language": to_tree(sizes.language),
             "projectors": {stream: config.kind for stream, config in sizes.projectors.items()},
             "vocabulary": sizes.vocab_rows,

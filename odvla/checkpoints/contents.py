@@ -12,13 +12,13 @@ from odvla.checkpoints.sizes import EMBEDDING, HEADS, Sizes, qwen_name
 from odvla.checkpoints.stored import Stored, StoredTensor
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.errors import UserError
+from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.weight_names import LAYOUTS, OLD_OFFSETS, OPENDRIVEVLA
 
 OWN = "odvla"
 OWN_PARTS = ("encoder", "queries", "projectors", "language")
 MAP_WEIGHTS = "queries.map.encoder.0.attention.attention_weights.weight"
-MAP_POINTS = 4  # of the map head's attention, a head and level
 QWEN_ENTRIES = 151_665  # of Qwen2.5's vocabulary; its embedding is padded
 
 
@@ -113,7 +113,9 @@ def _first_parts(tensors: Stored) -> dict[str, tuple[int, int]]:
 
 def _recognised(sizes: Sizes) -> list[str]:
     found = []
-    if sizes.encoder == BEVFormerConfig() and sizes.track == TrackFormerConfig():
+    tower = (sizes.encoder, sizes.track, sizes.map)
+    full = (BEVFormerConfig(), TrackFormerConfig(), PanopticMapConfig(compat="uniad"))
+    if tower == full:
         found.append("UniAD's full-size tower")
     name = qwen_name(sizes.language) if sizes.language else None
     return [*found, name] if name else found
@@ -124,7 +126,7 @@ def _quirks(tensors: Stored, ours: Stored, sizes: Sizes | None, head: str | None
     quirks = []
     weights = ours.get(MAP_WEIGHTS)
     if weights is not None:
-        levels = weights.shape[0] // (HEADS * MAP_POINTS)
+        levels = weights.shape[0] // (HEADS * PanopticMapConfig.points)
         shape = tuple(weights.shape)
         quirks.append(
             f"map head: attention weights {shape} are for {levels} levels, of which one is read: "

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from odvla.checkpoints.map_shapes import map_head_shapes
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.encoders.resnet import BLOCKS, EXPANSION, ResNetConfig
 from odvla.errors import UserError
 from odvla.language.causal_lm import LanguageConfig
 from odvla.projectors import NAMES, Kind, ProjectorConfig, kind_of
+from odvla.queries.panoptic_map import UNIAD_ATTENTION_LEVELS, PanopticMapConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.types import BevGrid
 
@@ -84,7 +84,7 @@ class Sizes:
 
     encoder: BEVFormerConfig | None = None
     track: TrackFormerConfig | None = None
-    has_map: bool = False
+    map: PanopticMapConfig | None = None
     projectors: dict[str, ProjectorConfig] = field(default_factory=dict)  # by stream
     language: LanguageConfig | None = None
     vocab_rows: int = 0
@@ -98,20 +98,18 @@ def sizes_of(shapes: Shapes) -> Sizes:
         UserError: a tensor that tells a size is missing, or sizes contradict one another.
     """
     encoder = encoder_config(shapes) if shapes.under("encoder.") else None
-    grid = encoder.grid if encoder else None
+    # Modules keep their grid, but no shape in them depends on it.
+    grid = encoder.grid if encoder else BevGrid(-RANGE_X_M, -RANGE_X_M, 1.0, 1, 1)
     track = track_config(shapes) if shapes.under("queries.track.") else None
+    map_head = map_config(shapes) if shapes.under("queries.map.") else None
     expected: dict[str, Shape] = {}
     if encoder:
         expected |= _shapes_of("encoder.", encoder)
-    if track:
-        dim = shapes.size("queries.track.query_embedding.weight", 1) // 2
-        dim = encoder.dim if encoder else dim
-        # The module keeps its grid, but no shape in it depends on the grid.
-        where = grid or BevGrid(-RANGE_X_M, -RANGE_X_M, 1.0, 1, 1)
-        expected |= _shapes_of("queries.track.", track, dim, where)
-    has_map = bool(shapes.under("queries.map."))
-    if has_map:
-        expected |= map_head_shapes(shapes)
+    for config, at in ((track, "queries.track."), (map_head, "queries.map.")):
+        if config is not None:
+            dim = shapes.size(f"{at}query_embedding.weight", 1) // 2
+            dim = encoder.dim if encoder else dim
+            expected |= _shapes_of(at, config, dim, grid)
     projectors = {}
     streams = dict.fromkeys(name.split(".")[1] for name in shapes.under("projectors."))
     for stream in streams:
@@ -122,7 +120,7 @@ def sizes_of(shapes: Shapes) -> Sizes:
         language = language_config(shapes)
         rows = shapes.size(EMBEDDING)
         expected |= _language_shapes(language, rows)
-    return Sizes(encoder, track, has_map, projectors, language, rows, expected)
+    return Sizes(encoder, track, map_head, projectors, language, rows, expected)
 
 
 def encoder_config(shapes: Shapes) -> BEVFormerConfig:
@@ -203,6 +201,35 @@ def track_config(shapes: Shapes) -> TrackFormerConfig:
     )
 
 
+def map_config(shapes: Shapes) -> PanopticMapConfig:
+    """The map head's sizes.
+
+    How many levels its attentions have weights for says whether it was trained with UniAD's stride
+    quirk (see docs/parity.md).
+    """
+    size, at = shapes.size, "queries.map."
+    points = PanopticMapConfig.points
+    samples = size(f"{at}encoder.0.attention.attention_weights.weight")
+    levels = max(samples // (HEADS * points), 1)
+    usual = levels in (1, UNIAD_ATTENTION_LEVELS)
+    return _made(
+        shapes,
+        PanopticMapConfig,
+        queries=size(f"{at}query_embedding.weight"),
+        encoder_layers=shapes.count(f"{at}encoder."),
+        decoder_layers=shapes.count(f"{at}decoder."),
+        heads=HEADS,
+        hidden=size(f"{at}encoder.0.ffn.fc1.weight"),
+        points=points,
+        classes=size(f"{at}thing_branches.0.weight"),
+        thing_mask_layers=shapes.count(f"{at}thing_masks.blocks."),
+        stuff_mask_layers=shapes.count(f"{at}stuff_masks.blocks."),
+        mask_heads=size(f"{at}thing_masks.attnen.linear_l1.0.weight"),
+        attention_levels=None if usual else levels,
+        compat="uniad" if levels > 1 else "none",
+    )
+
+
 def language_config(shapes: Shapes) -> LanguageConfig:
     """Qwen2's sizes.
 
@@ -268,7 +295,10 @@ def _names_and_shapes(config: Any, *arguments: Any) -> Mapping[str, Shape]:
 
 
 def _shapes_of(prefix: str, config: Any, *arguments: Any) -> dict[str, Shape]:
-    own = _names_and_shapes(config, *arguments)
+    try:
+        own = _names_and_shapes(config, *arguments)
+    except ValueError as error:  # a width that does not fit the heads
+        raise UserError(f"the shapes of {prefix}* make no model: {error}") from error
     return {prefix + name: shape for name, shape in own.items()}
 
 

@@ -7,6 +7,7 @@ import torch
 
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.errors import UserError
+from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.weight_names import UNIAD, UNUSED, to_odvla
 
@@ -35,9 +36,11 @@ def test_the_full_size_tower_has_exactly_the_released_shapes(released):
     with torch.device("meta"):
         encoder = BEVFormerConfig().build()
         tracks = TrackFormerConfig().build(256, encoder.grid)
+        elements = PanopticMapConfig(compat="uniad").build(256, encoder.grid)
     own = {f"encoder.{n}": tuple(t.shape) for n, t in encoder.state_dict().items()}
     own |= {f"queries.track.{n}": tuple(t.shape) for n, t in tracks.state_dict().items()}
-    assert own == {n: s for n, s in shapes.items() if not n.startswith("queries.map.")}
+    own |= {f"queries.map.{n}": tuple(t.shape) for n, t in elements.state_dict().items()}
+    assert own == shapes
 
 
 def test_old_names_of_deformable_offsets_are_understood():

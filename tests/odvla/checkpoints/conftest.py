@@ -7,7 +7,7 @@ import torch
 
 VISION = "model.vision_tower.vision_tower.vision_model."
 # Sides of the real tensors -> sides of the reduced ones, where a side means one thing only.
-SIDES = {256: 16, 512: 32, 768: 48, 1024: 40, 128: 8, 40000: 400, 200: 20, 901: 31, 300: 12}
+SIDES = {256: 16, 512: 32, 768: 48, 1024: 64, 128: 8, 40000: 400, 200: 20, 901: 31, 300: 12}
 QWEN_SIDES = {896: 32, 128: 16, 4864: 48, 151936: 600, 256: 16}
 
 

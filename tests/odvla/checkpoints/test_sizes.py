@@ -1,7 +1,5 @@
 """Sizes read from the released lists of keys, and every name and shape that follows."""
 
-import importlib.util
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +7,20 @@ from safetensors.torch import load_file
 from odvla.checkpoints.sizes import Shapes, language_config, qwen_name, sizes_of
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.language.causal_lm import LanguageConfig
+from odvla.queries.panoptic_map import PanopticMapConfig
+from odvla.queries.scene import SceneSamplerConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.vla import VLAConfig
 from odvla.weight_names import OPENDRIVEVLA, UNIAD, to_odvla
+
+
+class Vocabulary:
+    """Stands for a tokenizer as large as the released embedding."""
+
+    added_ids = ()
+
+    def __len__(self):
+        return 151_936
 
 
 def under_our_names(keys, layout):
@@ -31,7 +40,7 @@ def test_the_full_size_tower_is_the_default_one(uniad_keys):
     found = sizes(own)
     assert found.encoder == BEVFormerConfig()
     assert found.track == TrackFormerConfig()
-    assert found.has_map
+    assert found.map == PanopticMapConfig(compat="uniad")
     assert found.shapes == own
 
 
@@ -59,33 +68,13 @@ def test_the_whole_model_at_full_size_has_exactly_the_released_names_and_shapes(
     language = LanguageConfig(
         hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4864, max_positions=32768
     )
-    config = VLAConfig(BEVFormerConfig(), tower_queries(), language=language)
+    queries = (SceneSamplerConfig(), TrackFormerConfig(), PanopticMapConfig(compat="uniad"))
+    config = VLAConfig(BEVFormerConfig(), queries, language=language)
     with torch.device("meta"):
-        model = config.build(range(151_936))
+        model = config.build(Vocabulary())
     built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del built["language.model.lm_head.weight"]
-    if map_module() is None:
-        own = {
-            name: shape
-            for name, shape in own.items()
-            if not name.startswith(("queries.map.", "projectors.map."))
-        }
     assert built == own
-
-
-def map_module():
-    return importlib.util.find_spec("odvla.queries.panoptic_map")
-
-
-def tower_queries():
-    from odvla.queries.scene import SceneSamplerConfig
-
-    queries = (SceneSamplerConfig(), TrackFormerConfig())
-    if map_module() is not None:
-        from odvla.queries.panoptic_map import PanopticMapConfig
-
-        queries = (*queries, PanopticMapConfig(compat="uniad"))
-    return queries
 
 
 def test_a_real_reduced_uniad_is_read_whole(shared):
@@ -102,6 +91,8 @@ def test_a_real_reduced_uniad_is_read_whole(shared):
     assert found.encoder.backbone.depth == 50
     assert (found.encoder.dim, found.encoder.rows, found.encoder.cameras) == (32, 20, 3)
     assert (found.encoder.layers, found.track.layers, found.track.queries) == (2, 3, 900)
+    assert (found.map.encoder_layers, found.map.decoder_layers, found.map.queries) == (2, 3, 40)
+    assert found.map.compat == "uniad"
 
 
 @pytest.mark.parametrize(
