@@ -180,6 +180,11 @@ def from_uniad(names: Iterable[str]) -> Renamed:
     return UNIAD.to_ours(names)
 
 
+def to_uniad(names: Iterable[str]) -> Renamed:
+    """Our names to UniAD's."""
+    return UNIAD.to_theirs(names)
+
+
 def component_of(name: str) -> str:
     """The part of the model that one of our names belongs to, e.g. "queries.map"."""
     first, _, rest = name.partition(".")

@@ -171,9 +171,10 @@ def open_file(path: Path) -> tuple[str, dict[str, StoredTensor]]:
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        file = safe_open(path, "pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        dtypes = {name: part.get_dtype() for name, part in slices.items()}
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
     unknown = [name for name, dtype in dtypes.items() if dtype not in SAFE_DTYPES]
@@ -184,15 +185,17 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             try:
-                return file.get_tensor(name)
+                # Opened anew, so that what was read before need not stay in memory.
+                with safe_open(path, "pt") as file:
+                    return file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise _damaged(path, error) from error
 
         return read
 
     return {
-        name: StoredTensor(tuple(part.get_shape()), SAFE_DTYPES[dtypes[name]], reader(name), path)
-        for name, part in slices.items()
+        name: StoredTensor(shape, SAFE_DTYPES[dtypes[name]], reader(name), path)
+        for name, shape in shapes.items()
     }
 
 

@@ -1,6 +1,7 @@
 """Folders, indices and shards as Hugging Face lays them out; what is wrong with one is named."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -160,3 +161,17 @@ def test_a_truncated_safetensors_file_is_named(tmp_path):
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"w\.safetensors"):
             open_checkpoint(file)
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    tensors = {f"t{n}": torch.randn(1 << 18) for n in range(40)}  # 1 MiB each
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    opened = open_checkpoint(tmp_path)
+    tracemalloc.start()
+    try:
+        write_folder(tmp_path, "model", opened.tensors, limit=10**7)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 1 << 20 <= peak < 4 << 20
+    assert_same(values(open_checkpoint(tmp_path)), tensors)
