@@ -79,7 +79,8 @@ def load_initial(vla: DrivingVLA, config: ExperimentConfig) -> Initial | None:
         for name, stored in chosen.items():
             _fill(own[name], stored.read())
     parts = {component_of(name) for name in chosen}
-    if "language" in parts:
+    if "language" in parts and _noted(checkpoint):
+        # Rows that only pad a released table; weights that were trained here know their tags.
         reset_embeddings(vla.language.model, vla.tokenizer.added_ids)
     loaded = {part: sum(component_of(n) == part for n in chosen) for part in sorted(parts)}
     for part, number in loaded.items():

@@ -34,7 +34,7 @@ from odvla.checkpoints.writing import (
     write_torch_file,
 )
 from odvla.errors import UserError
-from odvla.weight_names import LAYOUTS, OPENDRIVEVLA, Layout, component_of
+from odvla.weight_names import OPENDRIVEVLA, Layout, component_of
 from odvla.weights import write_atomically
 
 _, THEIR_STEM, PICKLED_STEM = STEMS
@@ -129,16 +129,16 @@ def _note_of(folder: Path, *, needed: bool) -> dict[str, Any]:
 
 
 def _unused_of(folder: Path, layout: Layout, note: Mapping[str, Any]) -> Stored:
-    """The tensors that our model never read, if the folder came from this layout."""
+    """The tensors that our model never read, where the folder is a conversion."""
     path = folder / UNUSED_FILE
-    if not path.is_file() or note.get("source", {}).get("layout") is None:
+    if not note or not path.is_file():
         return {}
     _, tensors = open_file(path)
-    origin = LAYOUTS[note["source"]["layout"]]
-    if origin is layout:
-        return tensors
     # From one project's names to the other's: the tower's are the same behind a prefix.
     target = {_bare(name): name for name in layout.unused}
+    stray = [name for name in tensors if _bare(name) not in target]
+    if stray:
+        raise UserError(f"{path} holds {stray[0]!r}, which {layout.title} does not have")
     return {target[_bare(name)]: tensor for name, tensor in tensors.items()}
 
 

@@ -11,11 +11,18 @@ from experiments.initial_weights import identity, load_initial
 from experiments.pipeline import open_pipeline
 from experiments.schema import InitConfig
 from experiments.tiny import smoke
+from odvla.checkpoints.convert import import_weights
+from odvla.checkpoints.export import export_weights
 from odvla.errors import UserError
+from odvla.language.causal_lm import LanguageConfig
 from odvla.language.dialect_file import write_dialect
 from odvla.language.prompts import Dialect
 from odvla.language.tokenizer import train_tokenizer
-from odvla.weights import save_weights, tensor_sha256
+from odvla.projectors import ProjectorConfig
+from odvla.queries.scene import SceneSamplerConfig
+from odvla.vla import VLAConfig
+from odvla.weight_names import OPENDRIVEVLA, UNIAD, component_of
+from odvla.weights import file_sha256, save_weights, tensor_sha256
 
 EMBEDDING = "language.model.model.embed_tokens.weight"
 
@@ -184,6 +191,56 @@ def test_weights_that_speak_another_dialect_are_refused(config, tokenizer, given
     assert load_initial(vla, same).dialect == same.dialect.identity()
 
 
+def test_rows_of_added_tags_are_reset_in_released_weights_only(config, tokenizer, given):
+    whole = load_file(given)[EMBEDDING]
+    added = tokenizer.added_ids = (280, 281)
+    try:
+        vla = build(config, tokenizer, 2)
+        load_initial(vla, starting_from(config, given))
+        assert torch.equal(vla.state_dict()[EMBEDDING], whole)
+        note = {"sha256": {"vla.safetensors": file_sha256(given)}}
+        (given.parent / "weights.json").write_text(json.dumps(note))
+        load_initial(vla, starting_from(config, given))
+    finally:
+        tokenizer.added_ids = ()
+    own = vla.state_dict()[EMBEDDING]
+    torch.testing.assert_close(own[list(added)], whole[:280].mean(0).expand(2, -1))
+    assert torch.equal(own[:280], whole[:280])
+
+
+def test_a_tower_of_uniad_fills_encoder_and_queries(shared, config, tokenizer, tmp_path):
+    """A real model of reduced size, converted and loaded; then all of a model there and back."""
+    golden = shared / "golden"
+    weights = {
+        **load_file(golden / "uniad_small_weights_img.safetensors"),
+        **load_file(golden / "uniad_small_weights_rest.safetensors"),
+    }
+    weights = {name.removeprefix("weight/"): tensor for name, tensor in weights.items()}
+    torch.save({"meta": {}, "state_dict": weights}, tmp_path / "w.pth")
+    sizes = import_weights(tmp_path / "w.pth", UNIAD, tmp_path / "uniad").sizes
+    model = VLAConfig(
+        sizes.encoder,
+        (SceneSamplerConfig(), sizes.track, sizes.map),
+        ProjectorConfig("qwen2_5_rms"),
+        LanguageConfig(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48),
+    )
+    config = replace(config, model=model)
+    vla = build(config, tokenizer, 1)
+    found = load_initial(vla, starting_from(config, tmp_path / "uniad"))
+    assert set(found.record["tensors"]) == {"encoder", "queries.track", "queries.map"}
+    name = "seg_head.stuff_mask_head.blocks.2.norm3.weight"
+    assert torch.equal(vla.queries["map"].stuff_masks.blocks[2].norm3.weight, weights[name])
+
+    save_weights(vla, tmp_path / "stage" / "vla.safetensors")
+    export_weights(tmp_path / "stage", OPENDRIVEVLA, tmp_path / "theirs", like=tmp_path / "uniad")
+    import_weights(tmp_path / "theirs", OPENDRIVEVLA, tmp_path / "again")
+    other = build(config, tokenizer, 2)
+    found = load_initial(other, starting_from(config, tmp_path / "again"))
+    assert set(found.record["tensors"]) == {component_of(name) for name in vla.state_dict()}
+    own = vla.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in other.state_dict().items())
+
+
 # -- in a run ---------------------------------------------------------------------------------
 
 
@@ -225,8 +282,6 @@ def card(run, stage):
 
 
 def test_the_card_tells_what_the_first_stage_started_from(run):
-    from odvla.weights import file_sha256
-
     _, _, given = run
     first, second = card(run, "perception"), card(run, "planning")
     assert first["init"]["path"] == str(given)
