@@ -94,7 +94,9 @@ def merge(
         takes = labels != UNIAD_FREE_LABEL
     taken = torch.zeros_like(inside[:, 0])
     kept, cells = torch.zeros_like(good), torch.zeros_like(inside)
-    for place in range(masks.shape[1]):
+    # Scores fall: behind the last good candidate there is none.
+    places = int((good.any(0) * torch.arange(1, masks.shape[1] + 1, device=good.device)).amax())
+    for place in range(places):
         own = inside[:, place]
         overlap = (own & taken).sum((1, 2)).double() / area[:, place].clamp(min=1)
         kept[:, place] = good[:, place] & (overlap <= rules.overlap)

@@ -182,6 +182,22 @@ def test_predictions_of_another_module_are_refused():
         PanopticMapLossConfig().build()(build(), other, targets([1]))
 
 
+def test_bfloat16_is_near_and_trains():
+    module = build()
+    criterion = PanopticMapLossConfig().build()
+    found, wanted, frames = features(2), targets([3, 2]), fake_frames(2, (16, 16))
+    tokens, _ = module(found, frames, None)
+    exact = criterion(module, tokens.predictions, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = module(found, frames, None)
+        losses = criterion(module, tokens.predictions, wanted)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.1), name
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
 def test_it_learns_two_scenes_by_heart():
     torch.manual_seed(0)
     module = CONFIG.build(DIM, GRID)
