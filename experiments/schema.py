@@ -28,6 +28,7 @@ from stages.planning import PlanningStageConfig
 
 # In the order they are run in; each starts from what the one before it hands over.
 STAGES = ("language", "perception", "alignment", "instruction", "interaction", "planning")
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_2", "deepspeed_3"]
 # Settings that say how a result is computed, not what it is: changing one retrains nothing.
 SPEED_SETTINGS = ("num_workers", "cache_images", "cache_limit_gb", "checkpoint_every", "val_every")
 
@@ -147,6 +148,8 @@ class TrainerConfig:
 
     accelerator: str = "auto"  # cpu | gpu | auto
     devices: int = 1
+    # How several devices share the work, see strategies.py; auto: ddp.
+    strategy: Strategy = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     gradient_checkpointing: bool = False  # of the language model: slower, less memory
     log_every: int = 10  # steps
@@ -160,6 +163,13 @@ class TrainerConfig:
         for name in ("devices", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def sharing(self) -> Strategy:
+        """The strategy, settled: one device shares with nobody, several do by ddp."""
+        if self.devices == 1:
+            return "auto"
+        return "ddp" if self.strategy == "auto" else self.strategy
 
 
 @dataclass(frozen=True)

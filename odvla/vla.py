@@ -124,6 +124,8 @@ class DrivingVLA(nn.Module):
     """The whole model; see the module's text."""
 
     ego_scales: Tensor
+    # Give parameters that a batch does not use a gradient of zeros (see stages/sharding.py).
+    every_parameter_counts = False
 
     def __init__(self, config: VLAConfig, tokenizer: ChatTokenizer) -> None:
         super().__init__()
@@ -170,6 +172,11 @@ class DrivingVLA(nn.Module):
             state: what the previous call returned; None at the start.
             blind: show black images, to measure what vision is worth.
         """
+        return self._perceive(clip, state, blind=blind)
+
+    def _perceive(
+        self, clip: tuple[Frames, ...], state: VLAState | None, *, blind: bool
+    ) -> tuple[Perception, VLAState]:
         encoder_state = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
@@ -226,6 +233,10 @@ class DrivingVLA(nn.Module):
             talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
         spliced = self._spliced(batch, talk, tokens, kept, perception)
         loss, logits, labels = self.language(spliced)
+        if self.every_parameter_counts:
+            in_layers = {id(p) for p in self.language.layers.parameters()}  # these are always used
+            rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
+            loss = loss + 0.0 * torch.stack([p.sum() for p in rest]).sum()
         return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
 
     @torch.no_grad()
@@ -291,8 +302,8 @@ class DrivingVLA(nn.Module):
                 # History only sets the temporal state; as in BEVFormer, no gradient flows through
                 # it, which halves the work.
                 with torch.no_grad():
-                    _, state = self.perceive(batch.clip[:-1], state, blind=blind)
-            return self.perceive(batch.clip[-1:], state, blind=blind)
+                    _, state = self._perceive(batch.clip[:-1], state, blind=blind)
+            return self._perceive(batch.clip[-1:], state, blind=blind)
         if batch.talk is not None:
             slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
             if len(slots):

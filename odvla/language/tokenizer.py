@@ -91,6 +91,7 @@ class ChatTokenizer:
         now = tokenizer.get_vocab()
         self.tokenizer = tokenizer
         self.add_tags = add_tags
+        self.stands_in = False  # True: only for one that is not here, to count with
         self.added_ids = (
             tuple(sorted(now[tag] for tag in TAGS if tag in now and tag not in vocabulary))
             if added_ids is None
