@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from experiments.schema import ExperimentConfig
 
 # Modules whose public functions that return an ExperimentConfig are experiments.
-MODULES = ("experiments.tiny", "experiments.uniad_town")
+MODULES = ("experiments.tiny", "experiments.uniad_town", "experiments.opendrivevla")
 
 
 def experiments() -> dict[str, tuple[str, str]]:

@@ -19,6 +19,8 @@ from odvla.encoders.resnet import ResNetConfig
 from odvla.language.causal_lm import LanguageConfig
 from odvla.language.prompts import Dialect
 from odvla.losses.clip import ClipLossConfig
+from odvla.losses.panoptic_map import PanopticMapLossConfig
+from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.vla import VLAConfig
@@ -32,7 +34,7 @@ FROM_NOTHING = OptimiserConfig(
 
 
 def uniad_town() -> ExperimentConfig:
-    """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, TrackFormer), small, on a town."""
+    """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town."""
     size = (160, 90)
     return ExperimentConfig(
         name="uniad_town",
@@ -49,6 +51,17 @@ def uniad_town() -> ExperimentConfig:
             queries=(
                 SceneSamplerConfig(),
                 TrackFormerConfig(queries=150, layers=3, heads=4, hidden=128),
+                PanopticMapConfig(
+                    queries=60,
+                    encoder_layers=2,
+                    decoder_layers=3,
+                    heads=4,
+                    hidden=128,
+                    thing_mask_layers=2,
+                    stuff_mask_layers=2,
+                    mask_heads=4,
+                    max_candidates=40,
+                ),
             ),
             language=LanguageConfig(hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320),
             ego_token=True,
@@ -58,7 +71,7 @@ def uniad_town() -> ExperimentConfig:
             image_size=size,
             cache_images=True,
             perception=NuScenesDataConfig(
-                targets=("agents",), clip_length=3, batch_size=2, eval_batch_size=8
+                targets=("agents", "map"), clip_length=3, batch_size=2, eval_batch_size=8
             ),
         ),
         tokenizer=TokenizerConfig(vocab_size=768),
@@ -67,7 +80,7 @@ def uniad_town() -> ExperimentConfig:
             perception=PerceptionStageConfig(
                 optimiser=FROM_NOTHING,
                 steps=3000,
-                losses=ClipLossConfig(past_trajectory=0.1),
+                losses=ClipLossConfig(past_trajectory=0.1, map=PanopticMapLossConfig()),
                 augmentation=AugmentationConfig(),
             ),
         ),
@@ -90,14 +103,17 @@ def uniad_town_smoke() -> ExperimentConfig:
         heads=2,
         hidden=32,
     )
-    scene, tracks = base.model.queries
+    scene, tracks, elements = base.model.queries
     tracks = replace(tracks, queries=20, layers=2, heads=2, hidden=32)
+    elements = replace(
+        elements, queries=10, encoder_layers=1, decoder_layers=2, hidden=32, max_candidates=8
+    )
     perception = base.stages.perception
     assert perception is not None
     return replace(
         base,
         name="uniad_town_smoke",
-        model=replace(base.model, encoder=encoder, queries=(scene, tracks)),
+        model=replace(base.model, encoder=encoder, queries=(scene, tracks, elements)),
         data=replace(base.data, version="v1.0-mini"),
         stages=replace(base.stages, perception=replace(perception, steps=3)),
         town=TownSettings(scenes=10, image_size=base.data.image_size),
