@@ -8,6 +8,7 @@ import torch
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.encoders.check import check_encoder
 from odvla.encoders.huggingface import SMALL, HuggingFaceBackboneConfig
+from odvla.encoders.lidar_pillars import LidarPillarsConfig
 from odvla.encoders.lift_splat import LiftSplatConfig
 from odvla.encoders.protocol import fake_frames
 from odvla.encoders.vision_patches import VisionPatchesConfig
@@ -123,3 +124,44 @@ def test_as_many_cameras_as_there_are_embeddings():
     )
     with pytest.raises(ValueError, match="built for 6 cameras, not 2"):
         VisionPatchesConfig(dim=16).build()(two, None)
+
+
+LIDAR = LidarPillarsConfig(dim=16, rows=10, columns=12, cell_m=4.0, x_min_m=-24, y_min_m=-20)
+
+
+@pytest.mark.parametrize("config", [LIDAR, replace(LIDAR, fine=1)], ids=["fine", "plain"])
+def test_the_lidar_encoder_keeps_the_contract(config):
+    check_encoder(config)
+
+
+@torch.no_grad()
+def test_pillars_are_what_a_slow_loop_gives():
+    torch.manual_seed(0)
+    encoder = LIDAR.build().eval()
+    lidar = LIDAR.fake_batch(2, seed=1).lidar
+    pooled = encoder.pool(lidar)
+    members: dict[tuple[int, int, int], list[torch.Tensor]] = {}
+    for row in range(2):
+        for point, used in zip(lidar.points[row], lidar.mask[row], strict=True):
+            x, y, z, _ = point.tolist()
+            column, line = int((x + 24) // 2), int((y + 20) // 2)
+            if used and -5 <= z < 3 and 0 <= column < 24 and 0 <= line < 20:
+                members.setdefault((row, line, column), []).append(point)
+    slow = torch.zeros_like(pooled)
+    for (row, line, column), points in members.items():
+        mean = torch.stack(points)[:, :3].mean(0)
+        centre = torch.tensor([-24 + (column + 0.5) * 2, -20 + (line + 0.5) * 2])
+        described = [
+            torch.cat([p[:3] / 24, p[3:] / 255, p[:3] - mean, (p[:2] - centre) / 2]) for p in points
+        ]
+        slow[row, :, line, column] = encoder.point_net(torch.stack(described)).amax(0)
+    torch.testing.assert_close(pooled, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_sweep_is_an_empty_scene_and_none_is_an_error():
+    frames = LIDAR.fake_batch(1)
+    nothing = replace(frames.lidar, mask=torch.zeros_like(frames.lidar.mask))
+    features, _ = LIDAR.build()(replace(frames, lidar=nothing), None)
+    assert torch.isfinite(features.bev).all()
+    with pytest.raises(ValueError, match="these have none"):
+        LIDAR.build()(replace(frames, lidar=None), None)
