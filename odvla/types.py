@@ -7,6 +7,7 @@ Shape legend
     L  text tokens (padded)                Q  query slots
     H, W  BEV rows (along y) and columns (along x); h, w  image rows and columns
     C  feature channels                    D  token width
+    P  lidar points (padded)
 
 Frame: nuScenes LIDAR_TOP at t0 unless a name says otherwise (x right, y forward, z up; metres,
 seconds, radians). A box is (x, y, z, width, length, height, yaw, vx, vy): centre, nuScenes' wlh
@@ -105,6 +106,15 @@ class Cameras(TensorFields):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class LidarPoints(TensorFields):
+    """One LIDAR_TOP sweep of B scenes, padded."""
+
+    points: Float[Tensor, "B P 4"]  # x, y, z (metres, lidar frame), intensity 0..255
+    mask: Bool[Tensor, "B P"]  # False: padding
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class Frames(TensorFields):
     """One key-frame of B scenes: all that the car can see at that moment."""
 
@@ -115,6 +125,7 @@ class Frames(TensorFields):
     can_bus: Float[Tensor, "B 18"]  # BEVFormer's vector
     scene_start: Bool[Tensor, " B"]  # True: temporal state of that row must be forgotten
     sample_tokens: tuple[str, ...]
+    lidar: LidarPoints | None = None  # only where an encoder asks for it
 
 
 @jaxtyped(typechecker=beartype)

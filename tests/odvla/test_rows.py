@@ -48,6 +48,6 @@ def _tensors(value):
         return [value]
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in _tensors(item)]
-    if isinstance(value, str):
+    if isinstance(value, str) or value is None:
         return []
     return [tensor for item in vars(value).values() for tensor in _tensors(item)]
