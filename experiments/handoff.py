@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.schema import STAGES
+from experiments.schema import STAGES, ExperimentConfig
 from odvla.config import flat
 from odvla.errors import UserError
 from odvla.weights import file_sha256, load_weights, write_atomically
@@ -158,6 +158,12 @@ def _git(*arguments: str, folder: Path) -> str:
         ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+def fingerprint_of(config: ExperimentConfig) -> str:
+    """Identity of the data of an experiment whose data root is settled."""
+    language = Path(config.data.language_root) if config.data.language_root else None
+    return data_fingerprint(config.data.folder, config.data.version, language)
 
 
 def data_fingerprint(root: Path, version: str, language: Path | None = None) -> str:

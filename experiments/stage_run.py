@@ -69,6 +69,7 @@ class Workshop:
     tracker: Tracker
     progress: bool
     memories: dict[str, TokenMemory] = field(default_factory=dict)
+    callbacks: tuple[Callback, ...] = ()  # more of them, in training
 
 
 def is_first_process() -> bool:
@@ -134,6 +135,7 @@ class StageRun:
             freeze,
             NonFiniteLossGuard(self.stage),
             ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
+            *shop.callbacks,
         ]
         if getattr(self.settings, "remember_tokens", False):
             callbacks.append(RememberTokens(self.stage, shop.memories, progress=shop.progress))
