@@ -93,7 +93,7 @@ def run_tasks(
             break
         finished, _ = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
         for future in finished:
-            _settle(running.pop(future), future, retries)
+            _settle(running.pop(future), future, is_done, retries)
         watch(board)
     watch(board)
     return board
@@ -124,11 +124,15 @@ def _leave_out(board: Board) -> None:
             state.outcome, state.error = "left out", f"{broken[0]} failed"
 
 
-def _settle(state: TaskState, future: Future[None], retries: int) -> None:
+def _settle(
+    state: TaskState, future: Future[None], is_done: Callable[[Task], bool], retries: int
+) -> None:
     """Take note of a task that has ended."""
     state.seconds = time.monotonic() - state.started
     try:
         future.result()
+        if not is_done(state.task):
+            raise RuntimeError("the task ended without an error, but left no result")
     except (KeyboardInterrupt, CancelledError):
         raise
     except UserError as error:

@@ -130,7 +130,7 @@ class Processes:
 
 def task_command(arguments: Sequence[str]) -> list[str]:
     """The command line that does a task in another process, less the task's name."""
-    return [sys.executable, "-m", "experiments.cli", *arguments]
+    return [sys.executable, "-m", "experiments", *arguments]
 
 
 def _last_line(log: Path) -> str:

@@ -18,6 +18,7 @@ class Pretend:
         self.capacity = capacity
         self.failures = dict(failures)
         self.order = []
+        self.finished = set()
 
     def submit(self, task):
         self.order.append(task.id)
@@ -27,7 +28,11 @@ class Pretend:
             future.set_exception(error.pop(0))
         else:
             future.set_result(None)
+            self.finished.add(task.id)
         return future
+
+    def is_done(self, task):
+        return task.id in self.finished
 
     def close(self):
         pass
@@ -53,7 +58,7 @@ def test_nothing_runs_before_what_it_needs_and_all_that_can_does(parents, capaci
         for i, parent in enumerate(parents)
     ]
     engine = Pretend(capacity=capacity)
-    board = run_tasks(tasks, lambda t: int(t.id) in kept, engine)
+    board = run_tasks(tasks, lambda t: int(t.id) in kept or engine.is_done(t), engine)
     assert len(engine.order) == len(set(engine.order))
     assert set(engine.order) == {t.id for t in tasks if int(t.id) not in kept}
     for t in tasks:
@@ -65,7 +70,7 @@ def test_nothing_runs_before_what_it_needs_and_all_that_can_does(parents, capaci
 
 def test_a_failure_stops_what_hangs_on_it_and_nothing_else():
     engine = Pretend({"b": [RuntimeError("broke"), RuntimeError("broke again")]})
-    board = run_tasks(CHAIN, lambda t: False, engine, retries=1)
+    board = run_tasks(CHAIN, engine.is_done, engine, retries=1)
     wanted = {"a": "done", "b": "failed", "c": "left out", "d": "done", "e": "done"}
     assert outcomes(board) == wanted
     assert board.states["b"].error == "broke again"
@@ -75,7 +80,7 @@ def test_a_failure_stops_what_hangs_on_it_and_nothing_else():
 
 def test_a_crash_is_tried_again_and_a_mistake_of_the_users_is_not():
     engine = Pretend({"a": [RuntimeError("worker died")], "e": [UserError("no such file")]})
-    board = run_tasks(CHAIN, lambda t: False, engine, retries=1)
+    board = run_tasks(CHAIN, engine.is_done, engine, retries=1)
     assert board.states["a"].outcome == "done"
     assert board.states["a"].attempts == 2
     assert board.states["e"].outcome == "failed"
@@ -85,3 +90,10 @@ def test_a_crash_is_tried_again_and_a_mistake_of_the_users_is_not():
 def test_an_interruption_is_passed_on():
     with pytest.raises(KeyboardInterrupt):
         run_tasks(CHAIN, lambda t: False, Pretend({"e": [KeyboardInterrupt()]}))
+
+
+def test_a_task_that_leaves_no_result_is_not_taken_for_done():
+    engine = Pretend()
+    board = run_tasks(CHAIN, lambda t: False, engine)
+    assert board.states["a"].outcome == "failed"
+    assert "left no result" in board.states["a"].error
