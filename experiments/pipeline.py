@@ -25,7 +25,7 @@ from experiments.handoff import (
     card_sha256,
     check_dialect,
     check_handoff,
-    data_fingerprint,
+    fingerprint_of,
     git_commit,
     read_card,
 )
@@ -153,8 +153,7 @@ def open_pipeline(
             log.info("init.weights are not loaded: stage %s starts from %s", stages[0], parent)
     folder, main = runs / config.name, is_first_process()
     config = prepare_data(config, progress=progress and main)
-    language = Path(config.data.language_root) if config.data.language_root else None
-    fingerprint = data_fingerprint(config.data.folder, config.data.version, language)
+    fingerprint = fingerprint_of(config)
     lock = _lock(folder) if main else None
     if parent is not None:
         tokenizer = ChatTokenizer.load(parent / TOKENIZER)

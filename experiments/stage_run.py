@@ -75,6 +75,7 @@ class Workshop:
     tracker: Tracker
     progress: bool
     memories: dict[str, TokenMemory] = field(default_factory=dict)
+    callbacks: tuple[Callback, ...] = ()  # more of them, in training
 
 
 def is_first_process() -> bool:
@@ -151,6 +152,7 @@ class StageRun:
             freeze,
             NonFiniteLossGuard(self.stage),
             ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
+            *shop.callbacks,
         ]
         if getattr(self.settings, "remember_tokens", False):
             whole = shop.vla if sharded else None
