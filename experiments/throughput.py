@@ -13,6 +13,7 @@ from experiments.budget import SAMPLE_KINDS
 from experiments.schema import ExperimentConfig
 from odvla.fake_batch import fake_batch, fake_tokenizer
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.token_memory import TokenMemory
 from odvla.types import Batch
 from odvla.vla import DrivingVLA
 from stages.base import StageModule
@@ -54,9 +55,7 @@ def random_model(config: ExperimentConfig) -> tuple[DrivingVLA, ChatTokenizer]:
         return replace(config.model, language=language).build(tokenizer), tokenizer
 
 
-def trial(
-    config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: ChatTokenizer
-) -> Trial:
+def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: ChatTokenizer) -> Trial:
     """A stage on a batch of noise of the experiment's sizes."""
     settings, data = config.stages.of(stage), getattr(config.data, stage)
     settings.freeze.apply(vla)
@@ -74,7 +73,13 @@ def trial(
         dialect=config.dialect,
     )
     batch = batch.to(next(vla.parameters()).device)
-    return Trial(module, module.configure_optimizers()["optimizer"], batch, config.trainer.precision)
+    if getattr(settings, "remember_tokens", False):
+        module.memory = TokenMemory()
+        with torch.no_grad():
+            module.memory.keep(batch.valid_rows(), vla.perceive(batch.clip)[0])
+    return Trial(
+        module, module.configure_optimizers()["optimizer"], batch, config.trainer.precision
+    )
 
 
 def measured_throughput(config: ExperimentConfig, stage: str) -> float:
@@ -91,4 +96,3 @@ def measured_throughput(config: ExperimentConfig, stage: str) -> float:
     talk = ready.batch.talk
     samples = len(ready.batch.valid) if talk is None else len(talk.conversations)
     return samples / seconds * config.trainer.devices
-
