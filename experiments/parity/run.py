@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.parity import tracks, vision, whole
+from experiments.parity import plans, tracks, vision, whole
 from experiments.parity.golden import Check, Golden
 from odvla.errors import UserError
 
@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "c_track_decoder": tracks.decoder,
     "d_track_memory": tracks.track_life,
     "f_msda": vision.attention_unit,
+    "i_retrieve_traj": plans.retrieve_traj,
     "k_e2e": whole.whole,
 }
 # Cases whose modules are not there yet: they are named, so that nobody takes them for passed.
@@ -59,7 +60,7 @@ class Outcome:
 
 
 def cases(folder: Path) -> list[str]:
-    """Names of the recorded cases of the vision tower.
+    """Names of the recorded cases.
 
     A case is a .json with settings; a clip's frames and a case's further results are no cases.
     """

@@ -1,7 +1,7 @@
 """The form of a trajectory as an automaton over symbols: characters, and tags that are one token.
 
-Built by adding pieces behind a node, then made as small as possible. There are no cycles: every text
-of a trajectory has a bounded length.
+Built by adding pieces behind a node, then made as small as possible. There are no cycles: no text
+of a trajectory is endless.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +30,6 @@ from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import (
     TRAJ_END,
     TRAJ_START,
-    UNKNOWN,
     PlanForm,
     format_number,
 )
@@ -52,7 +51,7 @@ class Drafting:
         branches: spread out at the first decimal of a number.
     """
 
-    guess: str = "motion"
+    guess: Literal["motion", "none"] = "motion"
     tokens_per_run: int = 48
     branches: bool = True
 
@@ -95,7 +94,6 @@ class MotionDraft:
         form: how the plan's numbers are written.
         history: [H, 2] past positions, oldest first, 0.5 s apart, in metres in the frame of the
             plan, without the origin; at least one.
-        signed_zero: as in `plan_grammar`.
     """
 
     def __init__(
@@ -104,13 +102,10 @@ class MotionDraft:
         grammar: Grammar,
         form: PlanForm,
         history: ArrayLike,
-        *,
-        signed_zero: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.grammar = grammar
         self.form = form
-        self.signed_zero = signed_zero
         past = np.asarray(history, dtype=np.float64)
         self.past = np.concatenate([past, np.zeros((1, 2))])
         self.last_step = -past[-1]
@@ -138,7 +133,8 @@ class MotionDraft:
         """A whole plan that begins with what is written; None where there is no telling."""
         done = self._number.findall(written)[: 2 * WAYPOINTS]
         numbers = done + [
-            format_number(value, self.form.decimals) for value in self._numbers(done)[len(done) :]
+            format_number(value, self.form.decimals, signed_zero=self.form.signed_zero)
+            for value in self._numbers(done)[len(done) :]
         ]
         if len(done) < 2 * WAYPOINTS:
             behind = written

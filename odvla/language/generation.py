@@ -1,9 +1,9 @@
 """Decoding of a batch from embeddings: greedy or sampled, with or without a grammar or drafts.
 
-The model is run on the prompts, and then on what was written, until all rows have ended. A run reads
-a tree of tokens a row (see `draft`): first what is decided but not read yet, then a guess of what
-follows. At each node the model says what it writes next; as long as that is in the tree, no further
-run is needed to read it. Tokens that a grammar leaves no choice about are written without asking.
+The model is run on the prompts, and then on what was written, until all rows have ended. A run
+reads a tree of tokens a row (see `draft`): first what is decided but not read yet, then a guess of
+what follows. At each node the model says what it writes next; as long as that is in the tree, no
+further run is needed to read it. Tokens that a grammar leaves no choice about are written unasked.
 
     prompt -> runs on trees:  chosen token + forced tokens + guess   -> longest path that is right
 
@@ -13,8 +13,8 @@ floating point a logit may differ in its last digits with the shape of a run; on
 close as that could swap.) Drawn tokens are those of the largest logit plus noise, the noise being
 the row's and the place's alone, so they are no different with drafts either.
 
-Prompts come padded at the left and are moved to start in slot 0. Where all begin with the same text,
-its keys and values are computed once for the weights and used again in later calls.
+Prompts come padded at the left and are moved to start in slot 0. Where all begin with the same
+text, its keys and values are computed once for the weights and used again in later calls.
 
 Shapes: G rows, S places of a prompt, T nodes of a run, D width, K tokens of the grammar.
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from odvla.errors import UserError
 from odvla.language.causal_lm import CausalLM
+from odvla.language.choice import Choice
 from odvla.language.draft import Draft, Drafting, TokenTree
 from odvla.language.grammar import Grammar
 from odvla.language.kv_cache import PREFIXES, RowCache, decoding
@@ -116,11 +117,9 @@ def decode(
     language.eval()  # gradient checkpointing, where it is on, would keep the cache empty
     try:
         with torch.no_grad():
-            choice = _Choice(language, grammar, seeds, temperature)
+            choice = Choice(language, grammar, seeds, temperature)
             settings = drafting or Drafting()
-            decoder = _Decoder(
-                language, prompts, end_id, max_new_tokens, choice, drafts, settings
-            )
+            decoder = _Decoder(language, prompts, end_id, max_new_tokens, choice, drafts, settings)
             return decoder.run(prefix)
     finally:
         language.train(training)
@@ -168,7 +167,7 @@ class _Decoder:
         prompts: Spliced,
         end_id: int,
         max_new_tokens: int,
-        choice: _Choice,
+        choice: Choice,
         drafts: Sequence[Draft],
         drafting: Drafting,
     ) -> None:
@@ -375,64 +374,3 @@ def _from_the_left(prompts: Spliced) -> tuple[Tensor, list[int]]:
     take = (torch.arange(S, device=lengths.device) + (S - lengths)[:, None]).clamp(max=S - 1)
     embeds = prompts.embeds.gather(1, take[..., None].expand_as(prompts.embeds))
     return embeds, lengths.tolist()
-
-
-class _Choice:
-    """The next token at each node, and each row's random numbers."""
-
-    def __init__(
-        self, language: CausalLM, grammar: Grammar | None, seeds: Sequence[int], temperature: float
-    ) -> None:
-        self.head = language.head
-        self.grammar = grammar
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.noise: list[dict[int, Tensor]] = [{} for _ in seeds]  # of a row's coming places
-        self.places_drawn = [0 for _ in seeds]
-        if grammar is not None:
-            device = self.head.weight.device
-            self.token_ids = grammar.token_ids.to(device)
-            self.forbidden = (grammar.next_state < 0).to(device)
-            # Only these rows of the head can win; with Qwen's 150 thousand that is most of a step.
-            self.weight = self.head.weight[self.token_ids]
-            self.bias = None if self.head.bias is None else self.head.bias[self.token_ids]
-
-    def __call__(
-        self, states: Tensor, grammar_states: list[int], places: list[tuple[int, int]]
-    ) -> list[int]:
-        """Token ids of nodes.
-
-        Args:
-            states: [nodes, D] hidden states.
-            grammar_states: of each node.
-            places: row, and place in its answer, of the token that follows each node.
-        """
-        if self.grammar is None:
-            return self._drawn(_checked(self.head(states)), places).argmax(-1).tolist()
-        logits = _checked(F.linear(states, self.weight, self.bias))  # [nodes, K]
-        forbidden = self.forbidden[torch.tensor(grammar_states, device=logits.device)]
-        best = self._drawn(logits, places).masked_fill(forbidden, -torch.inf).argmax(-1)
-        return self.token_ids[best].tolist()
-
-    def _drawn(self, logits: Tensor, places: list[tuple[int, int]]) -> Tensor:
-        """Logits whose maximum is a random draw (Gumbel's trick), where rows have seeds."""
-        if not self.generators:
-            return logits
-        width = logits.shape[-1]
-        for row, place in places:
-            while self.places_drawn[row] <= place:
-                uniform = torch.rand(width, generator=self.generators[row])
-                self.noise[row][self.places_drawn[row]] = -(-uniform.clamp_min(1e-30).log()).log()
-                self.places_drawn[row] += 1
-        noise = torch.stack([self.noise[row][place] for row, place in places])
-        for row in {row for row, _ in places}:
-            written = min(place for at, place in places if at == row)
-            self.noise[row] = {k: drawn for k, drawn in self.noise[row].items() if k > written}
-        return logits / self.temperature + noise.to(logits.device)
-
-
-def _checked(logits: Tensor) -> Tensor:
-    """The logits in fp32 or better; NaN, which argmax would take for the best, is refused."""
-    if logits.isnan().any():
-        raise UserError("the language model's logits are NaN: its weights or its inputs are broken")
-    return logits.float() if logits.dtype != torch.float64 else logits

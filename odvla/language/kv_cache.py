@@ -57,7 +57,7 @@ class RowCache(Cache):
         """Say where the next run goes.
 
         Args:
-            slots: [G, T] slot of each token; a number: the same slots in all rows, from this one on.
+            slots: [G, T] slot of each token; a number: from there on, in all rows.
             used: slots that the run can see at most.
         """
         self._slots, self._used = slots, used
@@ -144,7 +144,7 @@ def decoding(model: Any, longest: int) -> Iterator[None]:
         UserError: the model looks back less far.
     """
     config = model.config
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or longest
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and longest > window:
         raise UserError(
             f"the language model looks {window} tokens back, fewer than the {longest} of a prompt "
