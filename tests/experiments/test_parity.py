@@ -27,6 +27,7 @@ RUN = (
     "c_track_decoder",
     "d_track_memory_qim",
     "f_msda_unit",
+    "i_retrieve_traj",
     "k_e2e",
     "k_e2e_zeroed",
 )
