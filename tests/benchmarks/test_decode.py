@@ -24,7 +24,8 @@ def benchmark():
     return decode
 
 
-def test_all_ways_write_the_same_plans(benchmark):
+def test_all_ways_write_the_same_plans(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "machine", lambda device: (1e10, 1e11))
     torch.manual_seed(0)
     tokenizer = fake_tokenizer(Dialect(), vocab_size=500)
     config = LanguageConfig(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=512)
