@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
+from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar, Range, plan_grammar
 from odvla.language.waypoints import ParseFailure, PlanForm, median_plan, parse_waypoints
 from odvla.types import Batch, Conversation
@@ -32,6 +32,9 @@ class PlanningStageConfig(TalkConfig):
     constrained: bool = True  # only well-formed plans can be written
     # 1: the most likely text, as in the paper. More: the median of so many plans drawn at random.
     samples: int = 1
+    temperature: float = 1.0  # of the draws
+    # How a constrained plan is guessed before the model verifies it; what it writes is the same.
+    drafting: Drafting = field(default_factory=Drafting)
     # What the numbers of a constrained plan may be: of its points or steps, as the dialect has it.
     x_range_m: tuple[float, float] = (-99.99, 99.99)
     y_range_m: tuple[float, float] = (-99.99, 99.99)
@@ -46,6 +49,8 @@ class PlanningStageConfig(TalkConfig):
         super().__post_init__()
         if self.samples < 1:
             raise UserError(f"planning needs at least 1 sample, not {self.samples}")
+        if not self.temperature > 0:
+            raise UserError(f"planning.temperature must be positive, not {self.temperature}")
 
     def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> PlanningStage:
         """The stage on a model."""
@@ -62,20 +67,26 @@ class PlanningStage(TalkStage):
         """Plans, or anything."""
         if not self.config.constrained:
             return None
-        decimals = PlanForm.from_meta(meta).decimals
-        if decimals not in self._grammars:
-            bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
-            self._grammars[decimals] = plan_grammar(self.vla.tokenizer, *bounds, decimals=decimals)
-        return self._grammars[decimals]
-
-    @cached_property
-    def _grammars(self) -> dict[int, Grammar]:
-        return {}  # by number of decimals
+        form = PlanForm.from_meta(meta)
+        bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
+        return plan_grammar(
+            self.vla.tokenizer, *bounds, form.decimals, signed_zero=form.signed_zero
+        )
 
     @property
     def samples(self) -> int:
         """Plans that are drawn for one key-frame."""
         return self.config.samples
+
+    @property
+    def temperature(self) -> float:
+        """Of the draws."""
+        return self.config.temperature
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How constrained plans are guessed."""
+        return self.config.drafting if self.config.constrained else None
 
     def settle(
         self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int

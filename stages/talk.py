@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar
 from odvla.types import Batch, Conversation
 from odvla.vla import VLAState
@@ -48,6 +49,16 @@ class TalkStage(StageModule):
         """Answers that are drawn for one conversation; 1: the most likely one."""
         return 1
 
+    @property
+    def temperature(self) -> float:
+        """Of the draws."""
+        return 1.0
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How answers are guessed before they are verified; None: not at all."""
+        return None
+
     def settle(
         self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
     ) -> str:
@@ -76,11 +87,13 @@ class TalkStage(StageModule):
         found = self.vla.generate(
             batch,
             self.streams.get(stream),
-            grammar=None if grammar is None else grammar.to(self.device),
+            grammar=grammar,
             max_new_tokens=self.config.max_new_tokens,
             blind=blind,
             seen=None if blind else self.recall(batch),
             samples=self.samples,
+            temperature=self.temperature,
+            drafting=self.drafting,
         )
         self.streams[stream] = found.state
         if batch.talk is None:

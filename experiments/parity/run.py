@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.parity import clips, glue, maps, prompts, tracks, vision, whole
+from experiments.parity import clips, glue, maps, plans, prompts, tracks, vision, whole
 from experiments.parity.golden import Check, Golden
 from odvla.errors import UserError
 
@@ -28,6 +28,7 @@ CASES: dict[str, Case] = {
     "g_glue": glue.glue,
     "j_label_mask": prompts.label_mask,
     "j_prompts": prompts.prompts,
+    "i_retrieve_traj": plans.retrieve_traj,
     "k_e2e": whole.whole,
     "l_panseg_loss": maps.losses,
     "n_track_train": clips.training_clip,

@@ -133,4 +133,5 @@ def predict_sample(options: argparse.Namespace) -> None:
     else:
         for number, (x, y) in enumerate(found.waypoints, start=1):
             console.print(f"{number * 0.5:.1f} s  x {x:7.2f} m  y {y:7.2f} m")
+    console.print(f"{found.cost}", markup=False)
     console.print(f"picture: {found.picture}", markup=False)

@@ -10,6 +10,7 @@ from torch import nn
 from odvla.errors import UserError
 from odvla.fake_batch import fake_batch, fake_tokenizer
 from odvla.language.causal_lm import LanguageConfig
+from odvla.language.draft import Drafting
 from odvla.language.grammar import plan_grammar
 from odvla.language.waypoints import Waypoints, parse_waypoints
 from odvla.types import (
@@ -342,6 +343,24 @@ def test_every_plan_under_the_grammar_parses_even_untrained():
     model, batch = build(), batch_of(("plan",), rows=4)
     texts = model.generate(batch, grammar=plan_grammar(TOKENIZER), max_new_tokens=110).texts
     assert all(isinstance(parse_waypoints(text), Waypoints) for (text,) in texts)
+
+
+def test_guessed_plans_are_the_same_in_fewer_runs_and_tell_their_cost():
+    model, batch = build(), batch_of(("plan",), rows=3)
+    model.language.double()
+    settings = {"grammar": plan_grammar(TOKENIZER, decimals=1), "max_new_tokens": 110}
+    for samples in (1, 2):
+        alone = model.generate(batch, samples=samples, **settings)
+        guessed = model.generate(batch, samples=samples, drafting=Drafting(), **settings)
+        assert guessed.texts == alone.texts
+        assert guessed.new_tokens == alone.new_tokens
+        assert 0 < guessed.runs < alone.runs < max(alone.new_tokens)
+        assert min(guessed.encode_s, guessed.prefill_s, guessed.decode_s) > 0
+    cold = model.generate(batch, samples=2, temperature=1e-6, **settings)
+    best = model.generate(batch, **settings)
+    assert cold.texts == tuple(texts * 2 for texts in best.texts)
+    with pytest.raises(ValueError, match="ego state, and a grammar"):
+        model.generate(batch, drafting=Drafting())
 
 
 def test_bf16_and_gradient_checkpointing_change_speed_not_the_task():
