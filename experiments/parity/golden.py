@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -90,6 +92,19 @@ class Golden:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
+            raise UserError(f"the recording {path} cannot be read: {error}") from error
+
+    def arrays(self, stem: str) -> dict[str, Tensor]:
+        """All arrays of a file of numpy's.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.folder / f"{stem}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return {name: torch.from_numpy(content[name]) for name in content.files}
+        except (OSError, ValueError, BadZipFile) as error:
             raise UserError(f"the recording {path} cannot be read: {error}") from error
 
     def facts(self, stem: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.parity import tracks, vision, whole
+from experiments.parity import planning, tracks, vision, whole
 from experiments.parity.golden import Check, Golden
 from odvla.errors import UserError
 
@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "c_track_decoder": tracks.decoder,
     "d_track_memory": tracks.track_life,
     "f_msda": vision.attention_unit,
+    "h_planning": planning.planning_metric,
     "k_e2e": whole.whole,
 }
 # Cases whose modules are not there yet: they are named, so that nobody takes them for passed.
@@ -59,7 +60,7 @@ class Outcome:
 
 
 def cases(folder: Path) -> list[str]:
-    """Names of the recorded cases of the vision tower.
+    """Names of the recorded cases.
 
     A case is a .json with settings; a clip's frames and a case's further results are no cases.
     """
@@ -114,7 +115,7 @@ def run_parity(folder: Path, console: Console, *, every: bool = False) -> bool:
     golden = Golden(folder)
     names = cases(folder)
     if not names:
-        raise UserError(f"{folder} holds no recorded case of the vision tower")
+        raise UserError(f"{folder} holds no recorded case")
     passed = True
     run, missing = 0, 0
     for stem in names:

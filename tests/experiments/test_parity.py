@@ -27,6 +27,7 @@ RUN = (
     "c_track_decoder",
     "d_track_memory_qim",
     "f_msda_unit",
+    "h_planning_metric",
     "k_e2e",
     "k_e2e_zeroed",
 )
