@@ -44,9 +44,7 @@ def planning_metric(golden: Golden, stem: str) -> Iterator[Check]:
     for name, shape in SHAPES.items():
         hits = (box_hits if shape == "box" else point_hits)(plans, raster, grid) & ~driven_hits
         yield Check(name, hits, arrays[name], "index")
-        samples = PlanningSamples(
-            tuple(map(str, range(len(plans)))), l2, hits, driven_hits, mask
-        )
+        samples = PlanningSamples(tuple(map(str, range(len(plans)))), l2, hits, driven_hits, mask)
         for table, preset in TABLES.items():
             scores = aggregate(samples, replace(PRESETS[preset], shape=shape))
             numbers = scores.as_dict()

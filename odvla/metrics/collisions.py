@@ -39,10 +39,13 @@ class CollisionRaster:
 
     def ego_cells(self) -> tuple[Tensor, Tensor]:
         """Rows [K] and columns [K] that the car covers with LIDAR_TOP at the origin."""
-        rows = self._covered(0, EGO_FORWARD_SHIFT_M, self.ego_length_m)
-        columns = self._covered(1, 0.0, self.ego_width_m)
-        row, column = torch.meshgrid(rows, columns, indexing="ij")
+        row, column = torch.meshgrid(*self.ego_spans(), indexing="ij")
         return row.flatten(), column.flatten()
+
+    def ego_spans(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns whose product those cells are."""
+        rows = self._covered(0, EGO_FORWARD_SHIFT_M, self.ego_length_m)
+        return rows, self._covered(1, 0.0, self.ego_width_m)
 
     def _covered(self, axis: int, middle_m: float, size_m: float) -> Tensor:
         first, cell = self.first_centre_m[axis], self.cell_m[axis]
@@ -105,18 +108,24 @@ def box_hits(plans: Tensor, raster: Tensor, grid: CollisionRaster = FIELD_RASTER
 
     Source: the released evaluation; equal to arrays recorded from it.
     """
-    rows, columns = grid.ego_cells()
+    rows, columns = grid.ego_spans()
     # Cells are counted from the first one's centre, and cut, not rounded: as the reference does.
     forward = (plans[..., 1, None].float() / grid.cell_m[0]).double() + rows
     left = (-plans[..., 0, None].float() / grid.cell_m[1]).double() + columns
-    return _occupied(raster, forward.trunc().long(), left.trunc().long()).any(-1)
+    row = forward.long().clamp_(0, raster.shape[-2] - 1) * raster.shape[-1]
+    column = left.long().clamp_(0, raster.shape[-1] - 1)
+    # The box is a product of rows and columns: only their sums are made for each of its cells.
+    cells = (row[..., :, None] + column[..., None, :]).flatten(2)
+    return raster.flatten(2).gather(2, cells).bool().any(-1)
 
 
 def point_hits(plans: Tensor, raster: Tensor, grid: CollisionRaster = FIELD_RASTER) -> Tensor:
     """Whether a planned point lies in an occupied cell; outside the raster it lies in none."""
     row = ((plans[..., 1].float() - grid.first_centre_m[0]) / grid.cell_m[0]).long()
     column = ((-plans[..., 0].float() - grid.first_centre_m[1]) / grid.cell_m[1]).long()
-    return _inside(raster, row, column) & _occupied(raster, row[..., None], column[..., None])[..., 0]
+    return (
+        _inside(raster, row, column) & _occupied(raster, row[..., None], column[..., None])[..., 0]
+    )
 
 
 def turned_box_hits(
@@ -150,7 +159,7 @@ def _occupied(raster: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """Cells [S, T, K] of a raster [S, T, rows, columns]; outside, those of the border."""
     rows, columns = raster.shape[-2:]
     cell = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
-    return raster.flatten(2).gather(2, cell) > 0
+    return raster.flatten(2).gather(2, cell).bool()
 
 
 def headings(plans: Tensor) -> Tensor:

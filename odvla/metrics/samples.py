@@ -81,16 +81,16 @@ class SampleMetric(Metric):
         if not parts or not len(rows):
             raise ValueError("there is nothing to score: no sample was added")
         raw = torch.cat(parts).cpu().numpy()
-        names = [bytes(row).rstrip(b"\0").decode() for row in raw]
-        order = sorted(range(len(names)), key=names.__getitem__)
-        kept: list[int] = []
-        for place in order:
-            if kept and names[kept[-1]] == names[place]:
-                same = torch.equal(
-                    torch.nan_to_num(rows[kept[-1]]), torch.nan_to_num(rows[place])
-                )
-                if not same:
-                    raise ValueError(f"sample {names[place]!r} was scored twice, differently")
-            else:
-                kept.append(place)
-        return tuple(names[place] for place in kept), rows[kept]
+        names = np.ascontiguousarray(raw).view(f"S{NAME_BYTES}")[:, 0]
+        order = np.argsort(names, kind="stable")
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = names[order[1:]] != names[order[:-1]]
+        again = np.flatnonzero(~first)
+        rows = rows[torch.from_numpy(order)]
+        here, before = (torch.nan_to_num(rows[torch.from_numpy(k)]) for k in (again, again - 1))
+        differing = (here != before).any(1).nonzero()[:, 0]
+        if len(differing):
+            name = names[order[again[int(differing[0])]]].decode()
+            raise ValueError(f"sample {name!r} was scored twice, differently")
+        kept = [name.decode() for name in names[order[first]].tolist()]
+        return tuple(kept), rows[torch.from_numpy(first)]

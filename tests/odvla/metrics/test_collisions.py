@@ -27,7 +27,11 @@ def test_boxes_touch_where_shapely_says_so(seed):
     ego, others = (
         torch.from_numpy(
             np.concatenate(
-                [rng.uniform(-6, 6, (n, 2)), rng.uniform(0.5, 5, (n, 2)), rng.uniform(-4, 4, (n, 1))],
+                [
+                    rng.uniform(-6, 6, (n, 2)),
+                    rng.uniform(0.5, 5, (n, 2)),
+                    rng.uniform(-4, 4, (n, 1)),
+                ],
                 axis=1,
             )
         )
@@ -46,7 +50,9 @@ def test_boxes_touch_where_shapely_says_so(seed):
 
 
 def test_heading_follows_the_path_and_keeps_still_with_the_car():
-    plan = torch.tensor([[[0.0, 0.1], [1.0, 0.1], [1.05, 0.1], [1.05, 2.0], [0.0, 2.0], [0.0, 2.0]]])
+    plan = torch.tensor(
+        [[[0.0, 0.1], [1.0, 0.1], [1.05, 0.1], [1.05, 2.0], [0.0, 2.0], [0.0, 2.0]]]
+    )
     expected = [math.pi / 2, 0.0, 0.0, math.pi / 2, math.pi, math.pi]
     torch.testing.assert_close(headings(plan)[0], torch.tensor(expected, dtype=torch.float64))
 

@@ -151,7 +151,9 @@ def test_order_and_repetition_of_samples_change_nothing():
     whole.update(names, plans, driven, mask, Traffic(raster))
     parts = PlanningMetric(PRESETS["uniad"])
     for rows in ([6, 2], [0, 1, 6], [5, 4, 3]):  # token-6 comes twice
-        parts.update([names[r] for r in rows], plans[rows], driven[rows], mask[rows], Traffic(raster[rows]))
+        parts.update(
+            [names[r] for r in rows], plans[rows], driven[rows], mask[rows], Traffic(raster[rows])
+        )
     assert parts.compute() == whole.compute()
     parts.update(["token-0"], plans[:1] + 1, driven[:1], mask[:1], Traffic(raster[:1]))
     with pytest.raises(ValueError, match="'token-0' was scored twice, differently"):
