@@ -94,17 +94,18 @@ def score_driving(
 def surroundings(truth: PlanningTruth, here: slice, *, with_map: bool = True) -> Surroundings:
     """Road users, road and past of some key-frames."""
     split = truth.split
-    users = [truth.users(token) for token in split.tokens[here]]
-    width = max(one.mask.shape[1] for one in users)
-    steps = users[0].mask.shape[0]
-    boxes = np.zeros((len(users), steps, width, 7), dtype=np.float32)
-    mask = np.zeros(boxes.shape[:3], dtype=bool)
+    everybody = [truth.users(token) for token in split.tokens[here]]
+    # Barriers, cones and whatever has no detection class are not road users.
+    kept = [one.mask & np.isin(one.label, ROAD_USERS) for one in everybody]
+    width = max(int(mask.sum(1).max(initial=0)) for mask in kept)
+    steps = kept[0].shape[0]
+    boxes = np.zeros((len(kept), steps, width, 7), dtype=np.float32)
     instance = np.full(boxes.shape[:3], -1, dtype=np.int64)
-    for row, one in enumerate(users):
-        count = one.mask.shape[1]
-        boxes[row, :, :count], instance[row, :, :count] = one.boxes, one.instance
-        # Barriers, cones and whatever has no detection class are not road users.
-        mask[row, :, :count] = one.mask & np.isin(one.label, ROAD_USERS)
+    mask = np.zeros(boxes.shape[:3], dtype=bool)
+    for row, (one, counts) in enumerate(zip(everybody, kept, strict=True)):
+        mask[row] = np.arange(width)[None] < counts.sum(1)[:, None]
+        boxes[row][mask[row]] = one.boxes[counts]
+        instance[row][mask[row]] = one.instance[counts]
     history = split.ego.history[here]
     last_steps = torch.stack([history[:, -1] - history[:, -2], -history[:, -1]], dim=1)
     return Surroundings(

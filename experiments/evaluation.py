@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from datamodules.nuscenes import EvaluationFrame, NuScenesDataModule
-from experiments.baselines import EgoMLP, EgoMLPConfig, constant_velocity
-from experiments.report import Planner, Report, ResultTable, planning_tables
+from datamodules.nuscenes import NuScenesDataModule
+from experiments.baselines import EgoMLPConfig
+from experiments.planning_evaluation import evaluate_planning
+from experiments.report import Report, ResultTable
 from odvla.errors import UserError
 from odvla.metrics.captions import score_captions
 from odvla.metrics.forecasting import score_forecasts
-from odvla.metrics.planning import PlanningScores, ProtocolCard, score_plans
 from odvla.metrics.question_answering import Answer, score_answers
-from odvla.types import WAYPOINTS, EgoState
+from odvla.types import WAYPOINTS
 
 Record = dict[str, Any]
-CARDS = (ProtocolCard(l2="mean_up_to_t"), ProtocolCard(l2="value_at_t"))
 CAPTION_KINDS = {
     "caption_object": "object caption (TOD3Cap)",
     "caption_map": "map caption",
@@ -52,85 +50,6 @@ def read_predictions(path: Path) -> list[Record]:
         except json.JSONDecodeError as error:
             raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
     return records
-
-
-@dataclass(frozen=True)
-class PlanningSplit:
-    """Key-frames side by side: ego states [S], driven paths [S, 6, 2], masks [S, 6]."""
-
-    tokens: tuple[str, ...]
-    scenes: tuple[str, ...]
-    ego: EgoState
-    waypoints: torch.Tensor
-    mask: torch.Tensor
-
-
-def planning_split(frames: Iterable[EvaluationFrame]) -> PlanningSplit:
-    """Stack the key-frames of a split."""
-    rows = list(frames)
-    fields = {
-        name: torch.cat([getattr(row.ego, name) for row in rows])
-        for name in EgoState.__dataclass_fields__
-    }
-    return PlanningSplit(
-        tokens=tuple(row.sample_token for row in rows),
-        scenes=tuple(row.scene_name for row in rows),
-        ego=EgoState(**fields),
-        waypoints=torch.cat([row.plan.waypoints for row in rows]),
-        mask=torch.cat([row.plan.mask for row in rows]),
-    )
-
-
-def evaluate_planning(
-    data: NuScenesDataModule, records: Sequence[Record], baseline: EgoMLPConfig
-) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """Planning tables: the model, itself with vision zeroed, and two planners that are blind."""
-    truth = planning_split(data.evaluation_frames("val"))
-    by_kind = {
-        kind: {record["sample_token"]: record for record in records if record["kind"] == kind}
-        for kind in ("plan", "plan_blind")
-    }
-    if not by_kind["plan"]:
-        raise UserError(
-            "the planning stage wrote no plan: its predictions hold no record of kind 'plan'"
-        )
-    rows = [row for row, token in enumerate(truth.tokens) if token in by_kind["plan"]]
-    tokens = [truth.tokens[row] for row in rows]
-    driven = truth.waypoints[rows].double().numpy()
-    mask = truth.mask[rows].numpy()
-    occupancy = np.stack([_metric_raster(data.occupancy(token)) for token in tokens])
-
-    def score(plans: NDArray[np.float64]) -> tuple[PlanningScores, ...]:
-        return tuple(score_plans(plans, driven, mask, occupancy, card) for card in CARDS)
-
-    planners = []
-    for name, kind in (("OpenDriveVLA", "plan"), ("OpenDriveVLA, vision zeroed", "plan_blind")):
-        if by_kind[kind]:
-            plans, parsed = _plans(by_kind[kind], tokens)
-            planners.append(Planner(name, score(plans), parsed))
-    training = planning_split(data.evaluation_frames("train"))
-    mlp = EgoMLP(baseline)
-    mlp.fit(training.ego, training.waypoints, training.mask, list(training.scenes))
-    planners.append(Planner("ego-state MLP", score(mlp.predict(truth.ego)[rows]), None))
-    planners.append(Planner("constant velocity", score(constant_velocity(truth.ego)[rows]), None))
-    numbers = {
-        planner.name: {
-            **{
-                scores.card.l2: {
-                    "card": scores.card.as_dict(),
-                    "l2_m": scores.l2_m,
-                    "l2_average_m": scores.l2_average_m,
-                    "collision_percent": scores.collision_percent,
-                    "collision_average_percent": scores.collision_average_percent,
-                }
-                for scores in planner.scores
-            },
-            "parsed_percent": planner.parsed_percent,
-            "samples": planner.scores[0].samples,
-        }
-        for planner in planners
-    }
-    return planning_tables(planners), {"planning": numbers}
 
 
 def evaluate_language(
@@ -299,6 +218,9 @@ def evaluate(
     folder: Path,
     stages: Sequence[str],
     baseline: EgoMLPConfig | None = None,
+    protocols: Sequence[str] = (),
+    *,
+    beyond: bool = False,
 ) -> Report:
     """All tables that the stages run so far give.
 
@@ -308,13 +230,24 @@ def evaluate(
         folder: the experiment's run folder, one folder a stage inside.
         stages: which of the stages have predictions, in order.
         baseline: settings of the ego-state MLP.
+        protocols: further protocols for plans.
+        beyond: plans with the open-loop approximations of closed-loop scores.
     """
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+
+    def planning(found: list[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
+        result = evaluate_planning(
+            data, found, baseline or EgoMLPConfig(), protocols, beyond=beyond
+        )
+        samples.extend(result.samples)
+        return result.tables, result.numbers
+
     scorers: Mapping[
         str, Callable[[list[Record]], tuple[tuple[ResultTable, ...], dict[str, Any]]]
     ] = {
-        "planning": lambda found: evaluate_planning(data, found, baseline or EgoMLPConfig()),
+        "planning": planning,
         "interaction": evaluate_forecasts,
         "instruction": lambda found: evaluate_language(found, "instruction"),
         "alignment": lambda found: evaluate_language(found, "alignment"),
@@ -327,22 +260,7 @@ def evaluate(
             new_tables, new_numbers = scorer(read_predictions(folder / stage / "predictions.jsonl"))
             tables += new_tables
             numbers[stage] = new_numbers
-    return Report(experiment, tuple(tables), numbers)
-
-
-def _metric_raster(occupancy: torch.Tensor) -> NDArray[np.bool_]:
-    """[6, 200, 200] with columns along +x -> columns along -x, as the collision metric reads it."""
-    return occupancy.flip(-1).numpy()
-
-
-def _plans(found: Mapping[str, Record], tokens: Sequence[str]) -> tuple[NDArray[np.float64], float]:
-    """Plans [S, 6, 2] in the order of tokens, and the percentage that could be read."""
-    missing = [token for token in tokens if token not in found]
-    if missing:
-        raise UserError(f"there is no plan for sample {missing[0]} ({len(missing)} in all)")
-    waypoints = [found[token]["waypoints"] for token in tokens]
-    plans = np.array([w if w is not None else [[0.0, 0.0]] * WAYPOINTS for w in waypoints], float)
-    return plans, 100.0 * sum(w is not None for w in waypoints) / len(waypoints)
+    return Report(experiment, tuple(tables), numbers, samples)
 
 
 def _points(paths: Iterable[Sequence[Sequence[float | None]]]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.planning_truth import PlanningTruth, check_ground_truth
+from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.report import ResultTable
 from odvla.errors import UserError
 from odvla.metrics.intervals import Interval, bootstrap
@@ -139,13 +139,13 @@ def score_planners(
 ) -> dict[str, dict[str, Scored]]:
     """Every planner under every protocol: planner name -> protocol name -> scores.
 
-    The ground truth is scored against itself first.
+    The ground truth is scored against itself on the way, before the plans.
 
     Raises:
         UserError: the check of the ground truth fails, or a protocol does not accept a planner's
             failures.
     """
-    check_ground_truth(truth, protocols)
+    check = GroundTruthCheck(protocols)
     used = {
         (planner.name, name): set(planner.used_rows(card))
         for planner in planners
@@ -160,6 +160,8 @@ def score_planners(
     for here, traffic in truth.chunks(protocols.values()):
         for name, card in protocols.items():
             around = traffic(card)
+            driven = truth.driven(card)
+            check.add(name, truth.split.tokens[here], driven[here], mask[here], around)
             for planner in planners:
                 rows = [r for r in range(here.start, here.stop) if r in used[planner.name, name]]
                 if not rows:
@@ -168,7 +170,7 @@ def score_planners(
                 metrics[planner.name, name].update(
                     [truth.split.tokens[row] for row in rows],
                     planner.points[rows],
-                    truth.driven(card)[rows],
+                    driven[rows],
                     mask[rows],
                     _some(around, local),
                 )

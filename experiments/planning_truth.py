@@ -6,7 +6,7 @@ Shape legend: S key-frames of a split, T = 6 steps 0.5 s apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from datamodules.ego_state import UNIAD_PLAN_POINT_M
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataModule
 from datamodules.road_users import RoadUsers, road_users
 from odvla.errors import UserError
-from odvla.metrics.collisions import Traffic
-from odvla.metrics.planning import PlanningMetric, PlanningScores
+from odvla.metrics.collisions import Traffic, collisions
+from odvla.metrics.planning import PlanningMetric
 from odvla.metrics.protocol import ProtocolCard
 from odvla.types import COMMANDS, DETECTION_CLASSES, STEP_S, EgoState
 
@@ -141,8 +141,13 @@ class PlanningTruth:
         if occupancy == "every_box":
             raise UserError("a protocol with occupancy every_box needs geometry polygons")
         pedestrians = occupancy == "vehicles+pedestrians"
-        rasters = [self.data.occupancy(token, pedestrians=pedestrians) for token in tokens]
-        return torch.stack(rasters).flip(-1)  # columns along +x -> columns to the left
+        rasters: NDArray[np.bool_] | None = None
+        for row, token in enumerate(tokens):
+            cells = self.data.occupancy(token, pedestrians=pedestrians).numpy()
+            if rasters is None:
+                rasters = np.empty((len(tokens), *cells.shape), dtype=bool)
+            rasters[row] = cells[..., ::-1]  # columns along +x -> columns to the left
+        return torch.from_numpy(rasters)
 
 
 TrafficOf = Callable[[ProtocolCard], Traffic]
@@ -165,34 +170,41 @@ def box_traffic(users: Sequence[RoadUsers], occupancy: str) -> Traffic:
     return Traffic(boxes=torch.from_numpy(boxes), mask=torch.from_numpy(mask))
 
 
-def check_ground_truth(
-    truth: PlanningTruth, cards: Mapping[str, ProtocolCard]
-) -> dict[str, PlanningScores]:
-    """Score the driven paths as if they were plans; stop where that does not come out perfect.
+class GroundTruthCheck:
+    """Scores the driven paths as if they were plans; stops where that does not come out perfect.
 
-    A wrong frame, a flipped raster or a second transformation shows here and nowhere else
-    (an evaluation of others' once printed 23.7 m for that reason).
+    A wrong frame, a flipped raster or a second transformation shows here and nowhere else (a
+    re-scorer of others' plans once printed 23.7 m for that reason).
 
-    Raises:
-        UserError: the L2 is not 0, or a collision was counted where the driven path collides.
+    Args:
+        cards: the protocols by name.
     """
-    metrics = {name: PlanningMetric(card) for name, card in cards.items()}
-    for here, traffic in truth.chunks(cards.values()):
-        for name, card in cards.items():
-            path = truth.driven(card)[here]
-            names = truth.split.tokens[here]
-            metrics[name].update(names, path, path, truth.split.mask[here], traffic(card))
-    found = {name: metric.scores() for name, metric in metrics.items()}
-    for name, scores in found.items():
-        if max(scores.l2_steps_m) > 0 or max(scores.collision_steps) > 0:
+
+    def __init__(self, cards: Mapping[str, ProtocolCard]) -> None:
+        self.metrics = {name: PlanningMetric(card) for name, card in cards.items()}
+
+    def add(
+        self, name: str, tokens: Sequence[str], driven: Tensor, mask: Tensor, traffic: Traffic
+    ) -> None:
+        """Check some samples under one protocol.
+
+        Raises:
+            UserError: the L2 is not 0, or a collision was counted on the driven path.
+        """
+        one = PlanningMetric(self.metrics[name].card)
+        # The plans are a copy: nothing of the metric can compare a thing with itself.
+        one.update(tokens, driven.clone(), driven, mask, traffic)
+        found = one.samples()
+        if float(found.l2_m.max()) > 0 or bool(found.hits.any()):
             raise UserError(
-                f"the ground truth scored against itself under {name!r} has an L2 of "
-                f"{max(scores.l2_steps_m)} m and a collision rate of {max(scores.collision_steps)} "
-                "instead of 0: the evaluation is broken, nothing was scored"
+                f"the ground truth scored against itself under {name!r} has an L2 of up to "
+                f"{float(found.l2_m.max())} m and {int(found.hits.sum())} collisions instead of 0: "
+                "the evaluation is broken, nothing was scored"
             )
-    return found
-
-
-def as_array(plans: Tensor) -> NDArray[np.float64]:
-    """Plans for what works with numpy."""
-    return plans.double().numpy()
+        again = collisions(driven, traffic, replace(one.card, shape="box"))
+        order = np.argsort(np.array(tokens))
+        if not torch.equal(found.driven_hits, again[torch.from_numpy(order)]):
+            raise UserError(
+                f"the ground truth under {name!r} collides at other steps than were counted: the "
+                "evaluation is broken, nothing was scored"
+            )

@@ -148,4 +148,3 @@ def _merge(into: dict[str, Any], record: dict[str, Any]) -> None:
             into.setdefault(key, {}).update(value)
         else:
             into.setdefault(key, value)
-

@@ -205,7 +205,11 @@ def _points_or_text(record: Mapping[str, Any]) -> Any:
 
 def _unwrapped(value: Any) -> Any:
     """The reference writes an answer as a list of one text."""
-    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
+    return (
+        value[0]
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+        else value
+    )
 
 
 def as_points(value: Any) -> np.ndarray | None:

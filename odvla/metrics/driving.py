@@ -202,7 +202,9 @@ def progress(plans: Tensor, driven: Tensor, recorded: Tensor) -> Tensor:
     total = length.sum(1)
     last = (count - 1).clamp_min(0)
     point = plans.double()[torch.arange(len(plans)), last]
-    share = ((point[:, None] - start.nan_to_num()) * piece).sum(-1) / length.square().clamp_min(1e-9)
+    share = ((point[:, None] - start.nan_to_num()) * piece).sum(-1) / length.square().clamp_min(
+        1e-9
+    )
     share = share.clamp(0, 1)
     foot = start.nan_to_num() + share[..., None] * piece
     distance = (point[:, None] - foot).norm(dim=-1)
