@@ -3,7 +3,7 @@
 | file | what it holds |
 |---|---|
 | .jsonl | our JSON lines: records with sample_token, kind and waypoints or text |
-| plan_conv.json | OpenDriveVLA's answers: JSON lines of {"id": "<token>_trajectory", "answer": [text]} |
+| plan_conv.json | OpenDriveVLA's: JSON lines of {"id": "<token>_trajectory", "answer": [text]} |
 | .pkl | GPT-Driver's plans: a pickled dict, sample token -> 6 x 2 numbers |
 | .json with "meta" and "results" | a nuScenes detection or tracking submission |
 | .json, other | NuScenes-QA answers or captions: a list, or an object by sample token |
@@ -205,11 +205,8 @@ def _points_or_text(record: Mapping[str, Any]) -> Any:
 
 def _unwrapped(value: Any) -> Any:
     """The reference writes an answer as a list of one text."""
-    return (
-        value[0]
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
-        else value
-    )
+    lone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+    return value[0] if lone else value
 
 
 def as_points(value: Any) -> np.ndarray | None:

@@ -45,7 +45,8 @@ def hide_ego(ego: EgoState, ablation: str) -> EgoState:
 
 def tell_less(batch: Batch, ablation: str, dialect: Dialect, tokenizer: ChatTokenizer) -> Batch:
     """A batch whose requests for plans, and whose ego tokens, hide a part of the ego state."""
-    assert batch.talk is not None and batch.ego is not None
+    assert batch.talk is not None
+    assert batch.ego is not None
     ego = hide_ego(batch.ego, ablation)
     owners = batch.talk.frame_index.tolist()
     here = batch.talk.input_ids.device

@@ -61,8 +61,8 @@ FIELD_RASTER = CollisionRaster()
 class Traffic:
     """Where other road users will be at the six steps of S samples.
 
-    `raster` has rows forward and columns left (see CollisionRaster). `boxes` are x, y, width, length,
-    yaw, vx, vy. A part that no protocol at hand asks for may be None.
+    `raster` has rows forward and columns left (see CollisionRaster). `boxes` are x, y, width,
+    length, yaw, vx, vy. A part that no protocol at hand asks for may be None.
     """
 
     raster: Tensor | None = None  # bool [S, T, 200, 200]

@@ -202,10 +202,8 @@ def progress(plans: Tensor, driven: Tensor, recorded: Tensor) -> Tensor:
     total = length.sum(1)
     last = (count - 1).clamp_min(0)
     point = plans.double()[torch.arange(len(plans)), last]
-    share = ((point[:, None] - start.nan_to_num()) * piece).sum(-1) / length.square().clamp_min(
-        1e-9
-    )
-    share = share.clamp(0, 1)
+    along = ((point[:, None] - start.nan_to_num()) * piece).sum(-1)
+    share = (along / length.square().clamp_min(1e-9)).clamp(0, 1)
     foot = start.nan_to_num() + share[..., None] * piece
     distance = (point[:, None] - foot).norm(dim=-1)
     distance = torch.where(recorded & (length > 1e-6), distance, torch.inf)

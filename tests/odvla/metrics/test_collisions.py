@@ -61,7 +61,7 @@ def test_a_turned_car_reaches_to_its_sides():
     plan = torch.zeros(1, 6, 2)
     plan[0, :, 0] = torch.arange(1, 7) * 5.0  # to the right
     raster = torch.zeros(1, 6, 200, 200, dtype=torch.bool)
-    # The cell whose centre is (7.25, 0.25): 2.25 m ahead of the point (5, 0), inside the turned car.
+    # The cell with centre (7.25, 0.25): 2.25 m ahead of the point (5, 0), in the turned car.
     raster[0, 0, 100, 100 - 15] = True
     # (5.25, 2.25): within an unturned car's length, but beside the turned one.
     raster[0, 1, 104, 100 - 11] = True

@@ -104,9 +104,10 @@ def test_sample_policies_treat_missing_steps_in_three_ways():
     assert found["complete_only"].l2_m == (5.0, 5.0, 5.0)
     assert [found[p].samples for p in ("valid_steps", "reference", "complete_only")] == [2, 2, 1]
     nobody = torch.zeros(2, 6, dtype=torch.bool)
+    card = ProtocolCard(l2="value_at_t", samples="complete_only")
+    metric = scored(predicted, driven, nobody, card)
     with pytest.raises(ValueError, match="no sample counts under the policy 'complete_only'"):
-        card = ProtocolCard(l2="value_at_t", samples="complete_only")
-        scored(predicted, driven, nobody, card).scores()
+        metric.scores()
 
 
 def test_a_hit_is_counted_at_t_up_to_t_or_ever_since():
@@ -184,5 +185,5 @@ def test_cards_are_told_apart_and_their_results_not_mixed():
         refuse_to_mix([("a", PRESETS["uniad"]), ("b", PRESETS["stp3"])])
     card = PRESETS["sparsedrive"]
     assert ProtocolCard.from_dict(card.as_dict(), "x") == card
-    with pytest.raises(UserError, match="results.json has no whole protocol card"):
+    with pytest.raises(UserError, match=r"results\.json has no whole protocol card"):
         ProtocolCard.from_dict({"l2": "value_at_t"}, "results.json")
