@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyquaternion import Quaternion
 
+from odvla.errors import UserError
 from odvla.types import DETECTION_CLASSES
 
 # The devkit's limit on boxes a sample.
@@ -75,6 +76,9 @@ def evaluate_detections(
         results: sample token -> boxes in the devkit's format; what is scored is these key-frames,
             all of the split or a part of it.
         folder: results_nusc.json and the evaluator's files are written here.
+
+    Raises:
+        UserError: the devkit does not accept the boxes.
     """
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.detection.evaluate import DetectionEval
@@ -84,17 +88,22 @@ def evaluate_detections(
     meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
     # The devkit wants the whole split; of what we were not asked about it gets no boxes, and then
     # it forgets it.
-    everything: dict[str, list[dict[str, Any]]] = {token: [] for token in _samples(nuscenes, split)}
+    everything: dict[str, list[dict[str, Any]]] = {
+        token: [] for token in samples_of_split(nuscenes, split)
+    }
     everything.update(results)
     path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": everything}))
-    evaluation = DetectionEval(
-        nuscenes,
-        config=config_factory("detection_cvpr_2019"),
-        result_path=str(path),
-        eval_set=split,
-        output_dir=str(folder),
-        verbose=False,
-    )
+    try:
+        evaluation = DetectionEval(
+            nuscenes,
+            config=config_factory("detection_cvpr_2019"),
+            result_path=str(path),
+            eval_set=split,
+            output_dir=str(folder),
+            verbose=False,
+        )
+    except AssertionError as error:
+        raise UserError(f"the devkit does not accept the detections: {error}") from error
     for boxes in (evaluation.pred_boxes.boxes, evaluation.gt_boxes.boxes):
         for token in everything.keys() - results.keys():
             boxes.pop(token, None)
@@ -104,7 +113,7 @@ def evaluate_detections(
     return {key: value for key, value in metrics.serialize().items() if key != "eval_time"}
 
 
-def _samples(nuscenes: Any, split: str) -> list[str]:
+def samples_of_split(nuscenes: Any, split: str) -> list[str]:
     """Every key-frame of one of the devkit's splits."""
     from nuscenes.utils.splits import create_splits_scenes
 

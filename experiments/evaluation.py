@@ -20,8 +20,9 @@ from experiments.baselines import EgoMLPConfig
 from experiments.planning_evaluation import evaluate_planning
 from experiments.report import Report, ResultTable
 from odvla.errors import UserError
-from odvla.metrics.captions import score_captions
-from odvla.metrics.forecasting import score_forecasts
+from odvla.metrics.captions import score_captions, score_nux
+from odvla.metrics.forecasting import score_by_class, score_forecasts
+from odvla.metrics.map_segmentation import map_iou
 from odvla.metrics.question_answering import Answer, score_answers
 from odvla.types import WAYPOINTS
 
@@ -92,19 +93,29 @@ def evaluate_language(
     for kind, name in CAPTION_KINDS.items():
         said = [record for record in records if record["kind"] == kind]
         if said:
-            caption = score_captions(
-                [record["text"] for record in said], [record["reference"] for record in said]
-            )
-            numbers.setdefault("captions", {})[kind] = asdict(caption)
-            scored = (*caption.bleu, caption.rouge_l, caption.cider)
-            rows.append((name, (*scored, str(caption.captions))))
+            texts = [record["text"] for record in said]
+            references = [record["reference"] for record in said]
+            found = {name: score_captions(texts, references, meteor=False)}
+            if kind == "narration":  # the one data set whose papers print METEOR
+                parts = score_nux(texts, references)
+                found = {
+                    "nuX, narration": parts.narration,
+                    "nuX, reasoning": parts.reasoning,
+                    name: parts.joined,
+                }
+                numbers["nux"] = asdict(parts)
+            numbers.setdefault("captions", {})[kind] = asdict(found[name])
+            for part, caption in found.items():
+                scored = (*caption.bleu, caption.meteor, caption.rouge_l, caption.cider)
+                rows.append((part, (*scored, str(caption.captions))))
     if rows:
         tables.append(
             ResultTable(
                 title=f"Captions after {stage}",
-                columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "n"),
+                columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "n"),
                 rows=tuple(rows),
-                note="pycocoevalcap with a pure-Python tokenizer, one reference each, x 100.",
+                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR for "
+                "nuX alone, where there is Java.",
                 digits=1,
             )
         )
@@ -153,63 +164,147 @@ def evaluate_forecasts(records: Sequence[Record]) -> tuple[tuple[ResultTable, ..
         note=f"{len(agents)} agents that a track token was matched to, {int(moving.sum())} of them "
         "move more than 1 m; one hypothesis; missed: last point more than 2 m off.",
     )
-    return (table,), {
+    classes = [record.get("meta", {}).get("class", "any") for record in agents]
+    by_class = {
+        name: score_by_class(points, driven, mask, read, classes)
+        for name, (points, read) in forecasts.items()
+    }
+    per_class = ResultTable(
+        title="Agent forecasts by class",
+        columns=(
+            "minADE (m)",
+            "minFDE (m)",
+            "missed (%)",
+            "standing minADE",
+            "standing minFDE",
+            "n",
+        ),
+        rows=tuple(
+            (
+                name,
+                (
+                    score.min_ade_m,
+                    score.min_fde_m,
+                    100 * score.missed,
+                    by_class["standing still"][name].min_ade_m,
+                    by_class["standing still"][name].min_fde_m,
+                    str(score.agents),
+                ),
+            )
+            for name, score in by_class["OpenDriveVLA"].items()
+        ),
+        note="in each agent's own frame at t0; six steps of 0.5 s.",
+    )
+    return (table, per_class), {
         "forecasts": {
-            name: {"all": asdict(scores[name]), "movers": asdict(on_movers[name])}
+            name: {
+                "all": asdict(scores[name]),
+                "movers": asdict(on_movers[name]),
+                "by_class": {kind: asdict(score) for kind, score in by_class[name].items()},
+            }
             for name in scores
         }
     }
 
 
-def evaluate_detection(
-    data: NuScenesDataModule, records: Sequence[Record], folder: Path
+def evaluate_perception(
+    data: NuScenesDataModule, records: Sequence[Record], folder: Path, *, tracking: bool = False
 ) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """Detection scores (mAP, NDS) by nuscenes-devkit's own evaluator."""
+    """Detection (mAP, NDS) and tracking by nuscenes-devkit's own evaluators, and the map's IoU.
+
+    Args:
+        data: the root that the predictions were made on.
+        records: of predictions.jsonl.
+        folder: the evaluators write here.
+        tracking: with tracking, which takes the evaluator minutes on large splits.
+    """
+    tables: list[ResultTable] = []
+    numbers: dict[str, Any] = {}
+    found = [record for record in records if record["kind"] == "detection"]
+    if found:
+        new_tables, numbers = _devkit_scores(data, found, folder, tracking=tracking)
+        tables += new_tables
+    cells = [record for record in records if record["kind"] == "map"]
+    if cells:
+        iou = map_iou(cells)
+        numbers["map_iou"] = iou
+        values = tuple(None if value is None else 100 * value for value in iou.values())
+        tables.append(
+            ResultTable(
+                title="Map, IoU (%)",
+                columns=tuple(iou),
+                rows=(("OpenDriveVLA", values),),
+                note=f"{len(cells)} key-frames, on the model's own grid, instances of a class "
+                "joined.",
+                digits=1,
+            )
+        )
+    return tuple(tables), numbers
+
+
+def _devkit_scores(
+    data: NuScenesDataModule, found: Sequence[Record], folder: Path, *, tracking: bool
+) -> tuple[list[ResultTable], dict[str, Any]]:
     from nuscenes.nuscenes import NuScenes
 
     from datamodules.records import SPLITS
     from experiments.detection import evaluate_detections, global_detections
+    from experiments.tracking_scores import evaluate_tracks, global_tracks
 
-    results = {
-        record["sample_token"]: global_detections(
-            record["sample_token"],
+    results, tracks = {}, {}
+    for record in found:
+        frame = data.index.frame(record["sample_token"])
+        results[frame.token] = global_detections(
+            frame.token,
             np.asarray(record["boxes"], float).reshape(-1, 9),
             record["labels"],
             record["scores"],
-            data.index.frame(record["sample_token"]).lidar_to_global,
+            frame.lidar_to_global,
         )
-        for record in records
-        if record["kind"] == "detection"
-    }
-    if not results:
-        return (), {}
+        order = np.argsort(-np.asarray(record["scores"]), kind="stable")
+        ids = record.get("track_ids", [-1] * len(order))
+        ordered = [ids[place] for place in order][: len(results[frame.token])]
+        scene = data.index.scenes[frame.scene].name
+        tracks[frame.token] = global_tracks(results[frame.token], ordered, scene)
     version = data.config.version
     nuscenes = NuScenes(version, dataroot=str(data.config.folder), verbose=False)
-    summary = evaluate_detections(nuscenes, SPLITS[version]["val"], results, folder)
+    split = SPLITS[version]["val"]
+    summary = evaluate_detections(nuscenes, split, results, folder)
+    tables, numbers = [detection_table(summary, len(results))], {"detection": summary}
+    if tracking:
+        scores = evaluate_tracks(nuscenes, split, tracks, folder / "tracking")
+        numbers["tracking"] = scores
+        tables.append(tracking_table(scores, len(tracks)))
+    return tables, numbers
+
+
+def detection_table(summary: Mapping[str, Any], frames: int) -> ResultTable:
+    """The devkit's detection summary; four best classes."""
     present = {name: ap for name, ap in summary["mean_dist_aps"].items() if ap > 0}
     best = dict(sorted(present.items(), key=lambda item: -item[1])[:4])
-    table = ResultTable(
+    errors = (summary["tp_errors"][key] for key in ("trans_err", "scale_err", "orient_err"))
+    return ResultTable(
         title="Detection (nuscenes-devkit)",
         columns=("mAP", "NDS", "mATE (m)", "mASE", "mAOE (rad)", *(f"AP {name}" for name in best)),
         rows=(
-            (
-                "OpenDriveVLA",
-                (
-                    summary["mean_ap"],
-                    summary["nd_score"],
-                    *(
-                        summary["tp_errors"][key]
-                        for key in ("trans_err", "scale_err", "orient_err")
-                    ),
-                    *best.values(),
-                ),
-            ),
+            ("OpenDriveVLA", (summary["mean_ap"], summary["nd_score"], *errors, *best.values())),
         ),
-        note=f"{len(results)} key-frames, configuration detection_cvpr_2019; the mean runs over "
+        note=f"{frames} key-frames, configuration detection_cvpr_2019; the mean runs over "
         "all ten classes, those that this data lacks included.",
         digits=3,
     )
-    return (table,), {"detection": summary}
+
+
+def tracking_table(scores: Mapping[str, Any], frames: int) -> ResultTable:
+    """The devkit's tracking summary."""
+    columns = ("amota", "amotp", "ids", "recall", "mota")
+    return ResultTable(
+        title="Tracking (nuscenes-devkit)",
+        columns=("AMOTA", "AMOTP (m)", "id switches", "recall", "MOTA"),
+        rows=(("OpenDriveVLA", tuple(scores.get(name) for name in columns)),),
+        note=f"{frames} key-frames, configuration tracking_nips_2019, mean over seven classes.",
+        digits=3,
+    )
 
 
 def evaluate(
@@ -251,8 +346,8 @@ def evaluate(
         "interaction": evaluate_forecasts,
         "instruction": lambda found: evaluate_language(found, "instruction"),
         "alignment": lambda found: evaluate_language(found, "alignment"),
-        "perception": lambda found: evaluate_detection(
-            data, found, folder / "perception" / "detection"
+        "perception": lambda found: evaluate_perception(
+            data, found, folder / "perception" / "detection", tracking=beyond
         ),
     }
     for stage, scorer in scorers.items():

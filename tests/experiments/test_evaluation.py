@@ -9,9 +9,9 @@ import torch
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.baselines import EgoMLPConfig
 from experiments.evaluation import (
-    evaluate_detection,
     evaluate_forecasts,
     evaluate_language,
+    evaluate_perception,
     read_predictions,
 )
 from experiments.planning_evaluation import evaluate_planning
@@ -159,9 +159,19 @@ def test_the_annotations_score_as_detections_on_all_or_a_part_of_the_split(
                 "boxes": agents.boxes[0, mask].tolist(),
                 "labels": agents.labels[0, mask].tolist(),
                 "scores": [1.0] * int(mask.sum()),
+                "track_ids": agents.track_ids[0, mask].tolist(),
             }
         )
-    tables, numbers = evaluate_detection(data, records, tmp_path)
+    records.append(
+        {"sample_token": "x", "kind": "map", "intersection": [1, 0, 0, 5], "union": [4, 0, 2, 5]}
+    )
+    tables, numbers = evaluate_perception(data, records, tmp_path, tracking=frames == 40)
     assert tables[0].note.startswith(f"{frames} key-frames")
     found = numbers["detection"]["mean_dist_aps"]
     assert found["car"] > 0.9
+    assert numbers["map_iou"]["divider"] == 0.25
+    assert numbers["map_iou"]["ped_crossing"] is None
+    assert numbers["map_iou"]["mean"] == pytest.approx((0.25 + 0.0 + 1.0) / 3)
+    if frames == 40:  # the true tracks: nobody is mistaken for another
+        assert numbers["tracking"]["ids"] == 0
+        assert numbers["tracking"]["label_metrics"]["amota"]["car"] > 0.9
