@@ -114,7 +114,7 @@ def evaluate_language(
                 title=f"Captions after {stage}",
                 columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "n"),
                 rows=tuple(rows),
-                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR for "
+                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR: "
                 "nuX alone, where there is Java.",
                 digits=1,
             )

@@ -30,7 +30,6 @@ from experiments.handoff import (
     read_card,
 )
 from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
-from experiments.report import SAMPLES
 from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
 from experiments.stage_run import StageRun, Workshop, is_first_process
@@ -156,9 +155,8 @@ class Pipeline:
         for name, numbers in report.numbers.items():
             shop.tracker.log_numbers(name, numbers)
         shop.tracker.log_numbers("", report.numbers)
-        written = [folder / name for name in ("table.md", "results.json", SAMPLES)]
-        written.append(shop.folder / "config.yaml")
-        shop.tracker.log_files("", *(path for path in written if path.is_file()), *pictures)
+        written = (folder / "table.md", folder / "results.json", shop.folder / "config.yaml")
+        shop.tracker.log_files("", *written, *pictures)
         shop.tracker.close("")
         write_atomically(note, json.dumps(made_from, indent=1).encode())
 

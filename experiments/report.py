@@ -11,8 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-SAMPLES = "samples.json"
-
 
 @dataclass(frozen=True)
 class ResultTable:
@@ -90,10 +88,9 @@ class Report:
             console.print(table.rich())
 
     def write(self, folder: Path) -> None:
-        """Write table.md, results.json and, where there are plans, samples.json."""
+        """Write table.md and results.json, with every sample where there are plans."""
         tables = [table.markdown() for table in self.tables]
         (folder / "table.md").write_text("\n".join([f"## {self.experiment}", "", *tables]))
-        numbers = json.dumps(self.numbers, indent=2, sort_keys=True)
+        content = {**self.numbers, "samples": self.samples} if self.samples else self.numbers
+        numbers = json.dumps(content, indent=2, sort_keys=True)
         (folder / "results.json").write_text(numbers + "\n")
-        if self.samples:
-            (folder / SAMPLES).write_text(json.dumps(self.samples) + "\n")

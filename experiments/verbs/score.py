@@ -50,6 +50,32 @@ def add(verbs: Verbs) -> None:
     score.add_argument("--name", default="", help="of the planner, in tables")
     score.add_argument("--out", type=Path, metavar="DIR", help="results.json and table.md go here")
 
+    report = add_verb(
+        verbs,
+        "report",
+        "put results beside each other and beside published ones",
+        "report runs/tiny scores/others --out report",
+        report_results,
+    )
+    report.add_argument(
+        "results", type=Path, nargs="+", help="results.json of score or test, or their folders"
+    )
+    report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR")
+    report.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="default: cases beside results"
+    )
+
+
+def report_results(options: argparse.Namespace) -> None:
+    """Tables in the terminal, Markdown and a page."""
+    from experiments.report_page import PAGE, make_report
+
+    console = wide_console()
+    for table in make_report(options.results, options.out, options.pictures):
+        if not table.title.startswith("Published"):
+            console.print(table.rich())
+    console.print(f"page: {options.out / PAGE}", markup=False, soft_wrap=True)
+
 
 def score_predictions(options: argparse.Namespace) -> None:
     """Read, score, print, write."""

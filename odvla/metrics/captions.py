@@ -67,6 +67,9 @@ def score_captions(
         raise ValueError(f"got {len(predicted)} captions and {len(references)} references to score")
     hypothesis = {i: [tokenise(text)] for i, text in enumerate(predicted)}
     reference = {i: [tokenise(text)] for i, text in enumerate(references)}
+    if not any(texts[0] for texts in reference.values()):
+        # pycocoevalcap fails on a corpus without a word; there is nothing to agree with.
+        return CaptionScores((0.0,) * 4, 0.0, 0.0, len(predicted), None, "references are empty")
     scorer = BleuScorer(n=4)
     for i in hypothesis:
         scorer += (hypothesis[i][0], reference[i])
