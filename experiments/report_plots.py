@@ -6,6 +6,7 @@ Shape legend: S samples, T = 6 steps 0.5 s apart.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def by_command(results: Sequence[Result]) -> str:
 
 def by_speed(results: Sequence[Result]) -> str:
     """Average L2 of the key-frames of each range of speeds."""
-    bounds = list(zip(SPEEDS_MPS[:-1], SPEEDS_MPS[1:], strict=True))
+    bounds = list(itertools.pairwise(SPEEDS_MPS))
     names = ["standing"] + [
         f"{low:g}-{high:g} m/s" if np.isfinite(high) else f"over {low:g} m/s"
         for low, high in bounds[1:]

@@ -79,9 +79,10 @@ def judge(plans: Tensor, around: Surroundings) -> DrivingSamples:
     hit = boxes_touch(ego, around.boxes[:, 1:]) & around.mask[:, 1:]
     excused = _excused(around)
     recorded = around.recorded[..., None]
-    at_fault = hit & ~excused & recorded & _at_fault(plans, ego, around)
+    contact = hit & ~excused & recorded
+    blamed = _blamed(contact, _at_fault(plans, ego, around), around.instance[:, 1:])
     return DrivingSamples(
-        no_fault_collision=(~at_fault.flatten(1).any(1)).double(),
+        no_fault_collision=(~blamed).double(),
         drivable_area=_on_the_road(ego, around),
         time_to_collision=_keeps_distance(plans, heading, ego, around, excused),
         comfort=_comfortable(plans, around),
@@ -98,6 +99,22 @@ def _excused(around: Surroundings) -> Tensor:
     who = torch.where(touched, around.instance[:, 0], -2)  # [S, A]
     same = (around.instance[:, 1:, :, None] == who[:, None, None, :]).any(-1)
     return by_driven | same
+
+
+def _blamed(contact: Tensor, fault: Tensor, instance: Tensor) -> Tensor:
+    """Whether the first contact with anybody is the car's fault: [S, T, A] -> bool [S].
+
+    Who runs into the car from behind drives on through it here, and is ahead of it later.
+    """
+    blamed = torch.zeros(len(contact), dtype=torch.bool)
+    for step in range(contact.shape[1]):
+        here = contact[:, step]  # [S, A]
+        met = torch.zeros_like(here)
+        for before in range(step):
+            same = instance[:, step, :, None] == instance[:, before, None, :]
+            met |= (same & contact[:, before, None, :]).any(-1)
+        blamed |= (here & ~met & fault[:, step]).any(1)
+    return blamed
 
 
 def _at_fault(plans: Tensor, ego: Tensor, around: Surroundings) -> Tensor:
