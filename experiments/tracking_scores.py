@@ -10,6 +10,8 @@ from typing import Any
 from experiments.detection import samples_of_split
 from odvla.errors import UserError
 
+# Barriers, cones and construction vehicles are not tracked.
+TRACKED = ("bicycle", "bus", "car", "motorcycle", "pedestrian", "trailer", "truck")
 SCORES = ("amota", "amotp", "ids", "recall", "mota", "motp", "frag")
 
 
@@ -23,12 +25,10 @@ def global_tracks(
         track_ids: who each of them is, -1: not a track, left out.
         scene: name of the scene; ids are counted anew in every scene.
     """
-    from nuscenes.eval.tracking.constants import TRACKING_COLORS
-
     tracks = []
     for box, track in zip(detections, track_ids, strict=True):
-        if track < 0 or box["detection_name"] not in TRACKING_COLORS:
-            continue  # barriers, cones and construction vehicles are not tracked
+        if track < 0 or box["detection_name"] not in TRACKED:
+            continue
         tracks.append(
             {
                 **{key: box[key] for key in ("sample_token", "translation", "size", "rotation")},

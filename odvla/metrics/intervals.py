@@ -112,8 +112,8 @@ def _scene_sums(
         raise ValueError("no sample counts, there is no mean to bootstrap")
     _, owner = np.unique(np.asarray(scenes), return_inverse=True)
     size = int(owner.max()) + 1
-    total = np.bincount(owner, np.where(counted, values, 0.0), size)
-    count = np.bincount(owner, counted.astype(float), size)
+    total = np.bincount(owner, np.where(counted, values, 0.0), size).astype(np.float64)
+    count = np.bincount(owner, counted.astype(float), size).astype(np.float64)
     kept = count > 0
     return total[kept], count[kept]
 

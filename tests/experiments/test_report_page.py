@@ -1,6 +1,7 @@
 """Results side by side: what is compared, what is refused, and what the page holds."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from odvla.metrics.planning import PlanningMetric
 from odvla.metrics.protocol import PRESETS
 
 SAMPLES = 24
+# Averages that do not follow from the numbers beside them; the paper prints them so.
+AS_PRINTED = {("RDA-Driver", 0.23)}
 
 
 def write(folder, error_m, protocols=("uniad", "opendrivevla_stp3"), **changes):
@@ -99,9 +102,7 @@ def test_different_cards_are_not_compared(tmp_path):
     other = write(tmp_path / "other", 0.5, samples="valid_steps")
     results = read_results([one, other])
     for refused in (planning_tables, compare):
-        with pytest.raises(
-            UserError, match=r"and other.pkl .*samples \(reference \| valid"
-        ):
+        with pytest.raises(UserError, match=r"and other.pkl .*samples \(reference \| valid"):
             refused(results)
 
 
@@ -117,7 +118,8 @@ def test_the_page_holds_tables_plots_and_pictures(tmp_path, capsys):
     assert page.count("<svg") == 4
     assert "collision 1 sample-00" in page
     assert "data:image/png;base64,iVBORw" in page
-    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is loaded from anywhere
+    # Nothing is loaded from anywhere.
+    assert not re.search(r"(src|href)=.https?:|@import|<script", page)
     text = (out / "report.md").read_text()
     assert "| good.pkl | 0.50 |" in text
     assert "| poor.pkl - good.pkl, uniad | 1.000 |" in text
@@ -147,7 +149,7 @@ def test_published_numbers_are_whole():
     for found in plans.values():
         for name, cells in found.rows:
             for numbers in (cells[:3], cells[4:7]):
-                if None not in numbers and name != "InsightDrive":
+                if None not in numbers and (name, numbers[0]) not in AS_PRINTED:
                     average = cells[3] if numbers == cells[:3] else cells[7]
                     # Papers round, or average before rounding.
                     assert float(np.mean(numbers)) == pytest.approx(average, abs=0.021), name
