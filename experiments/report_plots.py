@@ -139,6 +139,7 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.grid(visible=False, axis="x")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -151,7 +152,9 @@ def _svg(figure: Any, axes: Any) -> str:
 
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        axes.legend(handles, labels, frameon=False, fontsize=8)
+        # Above the plot: nothing it could hide.
+        place = "outside upper left"
+        figure.legend(handles, labels, frameon=False, fontsize=8, ncols=2, loc=place)
     out = io.StringIO()
     # Text stays text, and equal plots are equal files.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "odvla"}):
