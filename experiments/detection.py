@@ -83,16 +83,8 @@ def evaluate_detections(
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.detection.evaluate import DetectionEval
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results_nusc.json"
-    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
-    # The devkit wants the whole split; of what we were not asked about it gets no boxes, and then
-    # it forgets it.
-    everything: dict[str, list[dict[str, Any]]] = {
-        token: [] for token in samples_of_split(nuscenes, split)
-    }
-    everything.update(results)
-    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": everything}))
+    every = samples_of_split(nuscenes, split)
+    path = write_submission(folder / "results_nusc.json", every, results)
     try:
         evaluation = DetectionEval(
             nuscenes,
@@ -105,12 +97,29 @@ def evaluate_detections(
     except AssertionError as error:
         raise UserError(f"the devkit does not accept the detections: {error}") from error
     for boxes in (evaluation.pred_boxes.boxes, evaluation.gt_boxes.boxes):
-        for token in everything.keys() - results.keys():
+        for token in set(every) - results.keys():
             boxes.pop(token, None)
     evaluation.sample_tokens = evaluation.gt_boxes.sample_tokens
     metrics, _ = evaluation.evaluate()
     # How long it took would make equal runs look different.
     return {key: value for key, value in metrics.serialize().items() if key != "eval_time"}
+
+
+def write_submission(
+    path: Path, every: Sequence[str], results: Mapping[str, list[dict[str, Any]]]
+) -> Path:
+    """Write boxes as the devkit reads them.
+
+    The devkit wants the whole split (`every`): key-frames without an entry get no boxes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
+    content = {
+        "meta": {"use_camera": True, **meta},
+        "results": {t: [] for t in every} | dict(results),
+    }
+    path.write_text(json.dumps(content))
+    return path
 
 
 def samples_of_split(nuscenes: Any, split: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,5 +94,16 @@ class Report:
         tables = [table.markdown() for table in self.tables]
         (folder / "table.md").write_text("\n".join([f"## {self.experiment}", "", *tables]))
         content = {**self.numbers, "samples": self.samples} if self.samples else self.numbers
-        numbers = json.dumps(content, indent=2, sort_keys=True)
+        numbers = json.dumps(without_nan(content), indent=2, sort_keys=True)
         (folder / "results.json").write_text(numbers + "\n")
+
+
+def without_nan(tree: Any) -> Any:
+    """Nested dicts and lists with None for NaN and infinities, which no JSON file may hold."""
+    if isinstance(tree, Mapping):
+        return {key: without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [without_nan(value) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree

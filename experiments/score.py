@@ -14,7 +14,7 @@ from experiments.driving_scores import score_driving
 from experiments.plan_submission import plan_set
 from experiments.planning_scores import planning_tables, sample_records, score_planners
 from experiments.planning_truth import PlanningTruth
-from experiments.report import Report, ResultTable
+from experiments.report import Report, ResultTable, without_nan
 from experiments.submissions import Submission, read_submission
 from odvla.errors import UserError
 from odvla.metrics.protocol import ProtocolCard, protocols_of
@@ -53,7 +53,9 @@ class Found:
         """results.json, with every sample, and table.md."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {**self.report.numbers, "samples": self.samples}
-        write_atomically(folder / RESULTS, (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(
+            folder / RESULTS, (json.dumps(without_nan(content), indent=1) + "\n").encode()
+        )
         lines = [f"## {self.report.experiment}", ""]
         lines += [table.markdown() for table in self.report.tables]
         lines += [f"- {sentence}" for sentence in self.said]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.detection import samples_of_split
+from experiments.detection import samples_of_split, write_submission
+from experiments.report import without_nan
 from odvla.errors import UserError
 
 # Barriers, cones and construction vehicles are not tracked.
@@ -63,14 +63,8 @@ def evaluate_tracks(
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.tracking.evaluate import TrackingEval
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tracks_nusc.json"
-    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
-    everything: dict[str, list[dict[str, Any]]] = {
-        token: [] for token in samples_of_split(nuscenes, split)
-    }
-    everything.update(results)
-    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": everything}))
+    every = samples_of_split(nuscenes, split)
+    path = write_submission(folder / "tracks_nusc.json", every, results)
     try:
         evaluation = TrackingEval(
             config=config_factory("tracking_nips_2019"),
@@ -90,13 +84,4 @@ def evaluate_tracks(
     metrics, _ = evaluation.evaluate()
     summary = metrics.serialize()
     kept = {key: value for key, value in summary.items() if key in SCORES or key == "label_metrics"}
-    return _without_nan(kept)
-
-
-def _without_nan(tree: Any) -> Any:
-    """NaN, which no JSON file may hold, as None."""
-    if isinstance(tree, Mapping):
-        return {key: _without_nan(value) for key, value in tree.items()}
-    if isinstance(tree, float) and tree != tree:
-        return None
-    return tree
+    return without_nan(kept)
