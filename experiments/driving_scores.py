@@ -58,17 +58,17 @@ def score_driving(
     per_sample: PerSample = {}
     for planner in everybody:
         used = [row for row in range(len(truth.split.tokens)) if row not in planner.failures]
-        values = {name: np.array(found)[used] for name, found in rows[planner.name].items()}
+        kept = {name: np.array(scores)[used] for name, scores in rows[planner.name].items()}
         means = {
-            name: None if np.isnan(found).all() else float(np.nanmean(found))
-            for name, found in values.items()
+            name: None if np.isnan(scores).all() else float(np.nanmean(scores))
+            for name, scores in kept.items()
         }
         numbers[planner.name] = {**means, "n_samples": len(used), "note": NOTE}
         per_sample[planner.name] = {
             truth.split.tokens[row]: {
-                name: float(found[place])
-                for name, found in values.items()
-                if not np.isnan(found[place])
+                name: float(scores[place])
+                for name, scores in kept.items()
+                if not np.isnan(scores[place])
             }
             for place, row in enumerate(used)
         }

@@ -118,7 +118,7 @@ class PlanningTruth:
             here = slice(start, min(start + CHUNK, len(self.split.tokens)))
             tokens = self.split.tokens[here]
             kinds = {card.occupancy for card in cards if card.geometry == "raster"}
-            rasters = {kind: self._raster(tokens, kind) for kind in sorted(kinds)}
+            rasters = {str(kind): self._raster(tokens, kind) for kind in sorted(kinds)}
             polygons = any(card.geometry == "polygons" for card in cards)
             users = [self.users(token) for token in tokens] if polygons else []
 

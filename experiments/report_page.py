@@ -130,11 +130,11 @@ def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
                 captions.append((f"{result.name}, {kind}", tuple(cells)))
     tables = []
     if answers:
-        columns = (*_KINDS, "H0", "H1", "all")
-        tables.append(ResultTable("NuScenes-QA (%)", columns, tuple(answers), digits=1))
+        kinds = (*_KINDS, "H0", "H1", "all")
+        tables.append(ResultTable("NuScenes-QA (%)", kinds, tuple(answers), digits=1))
     if captions:
-        columns = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-        tables.append(ResultTable("Captions", columns, tuple(captions), digits=1))
+        names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+        tables.append(ResultTable("Captions", names, tuple(captions), digits=1))
     return tables
 
 

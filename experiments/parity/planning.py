@@ -14,10 +14,10 @@ from torch import Tensor
 from experiments.parity.golden import Check, Golden
 from odvla.metrics.collisions import CollisionRaster, box_hits, point_hits
 from odvla.metrics.planning import PlanningSamples, aggregate, l2_per_step
-from odvla.metrics.protocol import PRESETS
+from odvla.metrics.protocol import PRESETS, Shape
 
 TABLES = {"uniad": "opendrivevla_uniad", "stp3": "opendrivevla_stp3"}
-SHAPES = {"obj_col": "point", "obj_box_col": "box"}
+SHAPES: dict[str, Shape] = {"obj_col": "point", "obj_box_col": "box"}
 
 
 def planning_metric(golden: Golden, stem: str) -> Iterator[Check]:

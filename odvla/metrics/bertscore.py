@@ -102,7 +102,8 @@ def bert_score(
         true = _embed(model, tokenizer, references[start : start + batch_size], layer)
         parts.append(torch.stack(match(said[0], true[0], said[1], true[1]), dim=1))
     means = 100 * torch.cat(parts).double().mean(0)
-    return BertScores(*means.tolist(), model=folder.name, layer=layer)
+    precision, recall, f1 = means.tolist()
+    return BertScores(precision, recall, f1, model=folder.name, layer=layer)
 
 
 @torch.no_grad()
