@@ -179,6 +179,18 @@ def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
     )
 
 
+def drivable_area(index: Index, frame: FrameRecord, grid: BevGrid) -> NDArray[np.bool_]:
+    """Drivable cells [H, W] around one key-frame, without the other layers of the map.
+
+    Raises:
+        UserError: the location has no map expansion.
+    """
+    layers = location_map(index.root, index.location(frame))
+    x_min, x_max, y_min, y_max = grid.extent_m
+    reach_m = float(np.hypot(max(-x_min, x_max), max(-y_min, y_max))) + grid.cell_m
+    return _FrameRaster(frame, grid, reach_m).union(layers.drivable)
+
+
 class _FrameRaster:
     """Draws segments of the global frame on the grid of one key-frame."""
 
