@@ -54,11 +54,12 @@ def modulated_deform_conv(
             y_at, x_at = tap_places(parts[1], weight.shape[-2:], stride, padding, dilation)
             by_place = parts[2].flatten(2).transpose(1, 2).contiguous()  # B, h * w, K
             out = backend.convolution(parts[0], y_at, x_at, by_place, parts[3])
-            out = out.transpose(1, 2).unflatten(-1, (rows, columns))
+            out = out.unflatten(1, (rows, columns))  # B, h, w, O
         else:
-            out = backend.convolution(*parts, stride, padding, dilation)
+            out = backend.convolution(*parts, stride, padding, dilation).permute(0, 2, 3, 1)
         if bias is not None:
-            out = out + bias.to(full).view(-1, 1, 1)
+            out = out + bias.to(full)
+        out = out.permute(0, 3, 1, 2)
     return out.to(x.dtype)
 
 
@@ -126,12 +127,17 @@ class ModulatedDeformConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, O, h, w]."""
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same with another kernel of the same shape, and a bias [O]."""
         offset, mask = self.conv_offset(x).split([2 * self.KERNEL**2, self.KERNEL**2], 1)
         return modulated_deform_conv(
             x,
             offset,
             mask.sigmoid(),
-            self.weight,
+            weight,
+            bias,
             stride=self.stride,
             padding=self.dilation,
             dilation=self.dilation,

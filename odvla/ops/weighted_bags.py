@@ -147,7 +147,8 @@ def attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> T
 
 def _table(value: Tensor, heads: int) -> Tensor:
     """A map [A * E, h, w] as rows [h * w * A, E]; no copy where channels stand together."""
-    return _two_at_least(value).permute(1, 2, 0).reshape(-1, len(value) // heads)
+    # A row must lie together in memory, or embedding_bag takes its slow way.
+    return _two_at_least(value).permute(1, 2, 0).contiguous().view(-1, len(value) // heads)
 
 
 def _sizes(value: Tensor) -> tuple[int, int]:
