@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from experiments.schema import ExperimentConfig
 
 # Modules whose public functions that return an ExperimentConfig are experiments.
-MODULES = ("experiments.tiny",)
+MODULES = ("experiments.tiny", "experiments.opendrivevla")
 
 
 def experiments() -> dict[str, tuple[str, str]]:

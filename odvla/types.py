@@ -198,7 +198,8 @@ class Turn:
 class Conversation:
     """A record of a language dataset, ready to be tokenised.
 
-    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>.
+    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>, or
+    `object_track`, the id of a track that the model itself follows.
     `reference` is what metrics compare with; `meta` holds what they group by (template_type, ...).
     """
 
@@ -210,6 +211,7 @@ class Conversation:
     reference: str
     object_box: tuple[float, ...] | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    object_track: int | None = None
 
 
 @jaxtyped(typechecker=beartype)
@@ -226,6 +228,7 @@ class Talk(TensorFields):
     frame_index: Int64[Tensor, " G"]  # row of the Frames this conversation is about
     object_boxes: Float[Tensor, "G 9"]  # NaN where the text has no <OBJECT>
     conversations: tuple[Conversation, ...]
+    object_tracks: Int64[Tensor, " G"] | None = None  # track id of the <OBJECT>; -1: by its box
 
 
 @dataclass(frozen=True)
@@ -319,12 +322,33 @@ class AgentPredictions(TensorFields):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class MapDecoding(TensorFields):
+    """What a panoptic map head knows before it paints masks: what its losses start from.
+
+    P thing queries, K classes of things, S = H * W cells; one item a decoder layer, the final one
+    last. Boxes are fractions of the grid, (centre x, centre y, width, height).
+    """
+
+    layer_logits: tuple[Float[Tensor, "B P K"], ...]  # one sigmoid a class
+    layer_boxes: tuple[Float[Tensor, "B P 4"], ...]
+    layer_queries: tuple[Float[Tensor, "B P C"], ...]
+    start: Float[Tensor, "B P _R"]  # logits of the boxes (or points) that the last layer moved
+    memory: Float[Tensor, "B S C"]  # encoded cells, row by row
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class MapPredictions(TensorFields):
     """Decoded map elements, one a query, and the drivable area."""
 
     layer_logits: tuple[Float[Tensor, "B Q K"], ...]  # classes of MAP_CLASSES plus "no object" last
     layer_masks: tuple[Float[Tensor, "B Q H W"], ...]  # mask logits
     drivable: Float[Tensor, "B H W"]  # logits
+    # Of a panoptic head, whose Q are (query, class) pairs that it merges to one map; else None.
+    labels: Int64[Tensor, "B Q"] | None = None  # index into MAP_CLASSES
+    kept: Bool[Tensor, "B Q"] | None = None  # True: an element of the merged map
+    lanes: Bool[Tensor, "B L H W"] | None = None  # the merged map: cells of each class
+    decoding: MapDecoding | None = None
 
 
 @jaxtyped(typechecker=beartype)

@@ -63,6 +63,10 @@ class VLAConfig:
     # language model that nobody has pre-trained takes long to learn what digits mean. Not in the
     # paper.
     ego_token: bool = False
+    # A conversation longer than this many places, or than the language model's context (0), is
+    # refused; cut: its end is lost instead, as in the released code.
+    max_length: int = 0
+    cut_to_length: bool = False
 
     def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
         """The model, for texts of this tokenizer.
@@ -120,6 +124,8 @@ class DrivingVLA(nn.Module):
     """The whole model; see the module's text."""
 
     ego_scales: Tensor
+    # Give parameters that a batch does not use a gradient of zeros (see stages/sharding.py).
+    every_parameter_counts = False
 
     def __init__(self, config: VLAConfig, tokenizer: ChatTokenizer) -> None:
         super().__init__()
@@ -143,7 +149,7 @@ class DrivingVLA(nn.Module):
                 )
             self.queries[module.stream] = module
             widths[module.stream] = module.dim
-        self.language: CausalLM = config.language.build(len(tokenizer))
+        self.language: CausalLM = config.language.build(len(tokenizer), tokenizer.added_ids)
         if config.ego_token:
             widths["ego"] = len(EGO_SCALES)
             self.register_buffer("ego_scales", torch.tensor(EGO_SCALES), persistent=False)
@@ -166,6 +172,11 @@ class DrivingVLA(nn.Module):
             state: what the previous call returned; None at the start.
             blind: show black images, to measure what vision is worth.
         """
+        return self._perceive(clip, state, blind=blind)
+
+    def _perceive(
+        self, clip: tuple[Frames, ...], state: VLAState | None, *, blind: bool
+    ) -> tuple[Perception, VLAState]:
         encoder_state = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
@@ -222,6 +233,10 @@ class DrivingVLA(nn.Module):
             talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
         spliced = self._spliced(batch, talk, tokens, kept, perception)
         loss, logits, labels = self.language(spliced)
+        if self.every_parameter_counts:
+            in_layers = {id(p) for p in self.language.layers.parameters()}  # these are always used
+            rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
+            loss = loss + 0.0 * torch.stack([p.sum() for p in rest]).sum()
         return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
 
     @torch.no_grad()
@@ -287,8 +302,8 @@ class DrivingVLA(nn.Module):
                 # History only sets the temporal state; as in BEVFormer, no gradient flows through
                 # it, which halves the work.
                 with torch.no_grad():
-                    _, state = self.perceive(batch.clip[:-1], state, blind=blind)
-            return self.perceive(batch.clip[-1:], state, blind=blind)
+                    _, state = self._perceive(batch.clip[:-1], state, blind=blind)
+            return self._perceive(batch.clip[-1:], state, blind=blind)
         if batch.talk is not None:
             slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
             if len(slots):
@@ -325,12 +340,21 @@ class DrivingVLA(nn.Module):
             here = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
             streams["ego"] = (self.projectors["ego"](state[:, None]), here)
         text = self.language.embed(talk.input_ids.clamp(min=0))
-        spliced = splice(text, talk, streams, object_token[rows], pad_left=pad_left)
-        if spliced.embeds.shape[1] > self.language.max_positions:
+        limit = self.config.max_length or self.language.max_positions
+        spliced = splice(
+            text,
+            talk,
+            streams,
+            object_token[rows],
+            pad_left=pad_left,
+            max_length=limit if self.config.cut_to_length else None,
+        )
+        if spliced.embeds.shape[1] > limit:
             longest = int(spliced.attention_mask.sum(1).argmax())
+            whose = "model.max_length" if self.config.max_length else "the language model's"
             raise UserError(
                 f"conversation {talk.conversations[longest].id} takes {spliced.embeds.shape[1]} "
-                f"tokens, more than the language model's {self.language.max_positions} positions"
+                f"tokens, more than {whose} {limit} positions"
             )
         return spliced
 
@@ -354,4 +378,5 @@ def _rows_of(talk: Talk, rows: Tensor) -> Talk:
         frame_index=talk.frame_index[rows],
         object_boxes=talk.object_boxes[rows],
         conversations=tuple(talk.conversations[number] for number in numbers),
+        object_tracks=None if talk.object_tracks is None else talk.object_tracks[rows],
     )
