@@ -15,6 +15,8 @@ from datamodules.records import FrameRecord, Index
 from odvla.types import BOX_DIM, DETECTION_CLASSES, WAYPOINTS, AgentTargets, BevGrid
 
 VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
+PAST_STEPS = 4  # key-frames back that agents' pasts reach
+EGO_SIZE_M = (1.73, 4.08, 1.56)  # width, length, height of the Renault Zoe, as in UniAD's labels
 # The grid UniAD's planning metric looks boxes up in: 100 m x 100 m around the lidar.
 OCCUPANCY_GRID = BevGrid(-50.0, -50.0, 0.5, 200, 200)
 
@@ -84,11 +86,64 @@ def futures(
         found = np.flatnonzero((current >= 0) & (ahead >= 0) & (ahead < steps))
         mask[found, ahead[found]] = True
         xy[found, ahead[found]] = data.centre[current[found], :2]
+    return np.where(mask[..., None], _in_own_frame(index, rows, xy), 0.0).astype(np.float32), mask
+
+
+def pasts(
+    index: Index, frame: FrameRecord, rows: NDArray[np.int64], steps: int = PAST_STEPS
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Where agents came from, each in its own frame at t0, latest first; else as `futures`.
+
+    Args:
+        index: the root's index.
+        frame: t0.
+        rows: annotation rows of this frame.
+        steps: key-frames back.
+    """
+    data = index.annotations
+    mask = np.zeros((len(rows), steps), dtype=bool)
+    xy = np.repeat(data.centre[rows, None, :2], steps, axis=1)
+    earlier = frame
+    for step in range(steps):
+        if earlier.prev < 0:
+            break
+        earlier = index.frames[earlier.prev]
+        there = rows_of(index, earlier)
+        _, own, theirs = np.intersect1d(
+            data.instance[rows], data.instance[there], return_indices=True
+        )
+        mask[own, step] = True
+        xy[own, step] = data.centre[there[theirs], :2]
+    return np.where(mask[..., None], _in_own_frame(index, rows, xy), 0.0).astype(np.float32), mask
+
+
+def _in_own_frame(index: Index, rows: NDArray[np.int64], xy: FloatArray) -> FloatArray:
+    """Global positions [n, steps, 2] in the frames of annotation rows (x right, y forward)."""
+    data = index.annotations
     yaw = yaw_of(rotation_matrices(data.rotation[rows]))
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
     dx, dy = np.moveaxis(xy - data.centre[rows, None, :2], -1, 0)
-    own = np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
-    return np.where(mask[..., None], own, 0.0).astype(np.float32), mask
+    return np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
+
+
+def ego_box(index: Index, frame: FrameRecord) -> NDArray[np.float32]:
+    """The car's own box [9] in its lidar frame, as UniAD has it: centred on the lidar.
+
+    The velocity is that of the next step, in a scene's last key-frame that of the last one.
+    """
+    earlier, later = frame, frame
+    if frame.next >= 0:
+        later = index.frames[frame.next]
+    elif frame.prev >= 0:
+        earlier = index.frames[frame.prev]
+    box = np.zeros(BOX_DIM, dtype=np.float32)
+    box[3:6], box[6] = EGO_SIZE_M, np.pi / 2
+    if earlier is not later:
+        seconds = (later.timestamp_us - earlier.timestamp_us) * 1e-6
+        moved = later.ego_to_global[:3, 3] - earlier.ego_to_global[:3, 3]
+        # Into the lidar's axes where the step starts, as UniAD turns it.
+        box[7:9] = ((moved / seconds) @ earlier.lidar_to_global[:3, :3])[:2]
+    return box
 
 
 def agent_targets(
@@ -97,6 +152,7 @@ def agent_targets(
     """Targets of one key-frame as one row, no padding."""
     rows = learnable_rows(index, frame, extent_m)
     future, future_mask = futures(index, rows)
+    past, past_mask = pasts(index, frame, rows)
     return AgentTargets(
         boxes=torch.from_numpy(boxes_in_lidar(index, rows, frame))[None],
         labels=torch.from_numpy(index.annotations.label[rows])[None],
@@ -104,6 +160,9 @@ def agent_targets(
         mask=torch.ones(1, len(rows), dtype=torch.bool),
         future=torch.from_numpy(future)[None],
         future_mask=torch.from_numpy(future_mask)[None],
+        past=torch.from_numpy(past)[None],
+        past_mask=torch.from_numpy(past_mask)[None],
+        ego=torch.from_numpy(ego_box(index, frame))[None],
     )
 
 
