@@ -11,8 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.poses import FloatArray, inverse, rotation_matrices, yaw_of
-from datamodules.records import FrameRecord, Index
-from odvla.types import BOX_DIM, DETECTION_CLASSES, WAYPOINTS, AgentTargets, BevGrid
+from datamodules.records import AgentPaths, Annotations, FrameRecord, Index
+from odvla.types import (
+    BOX_DIM,
+    DETECTION_CLASSES,
+    HISTORY,
+    WAYPOINTS,
+    AgentTargets,
+    BevGrid,
+)
 
 VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
 # The grid UniAD's planning metric looks boxes up in: 100 m x 100 m around the lidar.
@@ -60,35 +67,75 @@ def learnable_rows(
     return rows[(x >= x_min) & (x < x_max) & (y >= y_min) & (y < y_max)]
 
 
-def futures(
-    index: Index, rows: NDArray[np.int64], steps: int = WAYPOINTS
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def futures(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Where agents go, each in its own frame at t0 (origin its centre, x right, y forward).
 
     Args:
         index: the root's index.
         rows: annotation rows at t0.
-        steps: key-frames ahead.
 
     Returns:
-        Positions [n, steps, 2] in metres, 0 where unknown, and [n, steps] True where the agent is
-        annotated in that key-frame of the same scene.
+        Positions [n, 6, 2] in metres, 0 where unknown, and [n, 6] True where the agent is annotated
+        in that key-frame of the same scene.
     """
+    paths = index.paths
+    if paths is not None:
+        return paths.future_own[rows], paths.future_mask[rows]
     data = index.annotations
+    points, mask = _positions_along(data, rows, data.next, WAYPOINTS)
+    return _in_own_frame(data, rows, points, mask), mask
+
+
+def agent_paths(index: Index) -> AgentPaths:
+    """Futures and pasts of all annotations, for the index."""
+    data = index.annotations
+    rows = np.arange(len(data.frame))
+    future, future_mask = _positions_along(data, rows, data.next, WAYPOINTS)
+    # Hops go back in time; a path is told oldest first.
+    past, past_mask = _positions_along(data, rows, data.prev, HISTORY)
+    past, past_mask = past[:, ::-1], past_mask[:, ::-1]
+    to_lidar = inverse(np.asarray(index.arrays["frame.lidar_to_global"]))
+
+    def in_lidar(points: FloatArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+        matrix = to_lidar[data.frame]
+        moved = np.einsum("nij,nkj->nki", matrix[:, :2, :3], points) + matrix[:, None, :2, 3]
+        return np.where(mask[..., None], moved, 0.0).astype(np.float32)
+
+    return AgentPaths(
+        future_own=_in_own_frame(data, rows, future, future_mask),
+        past_own=_in_own_frame(data, rows, past, past_mask),
+        future_lidar=in_lidar(future, future_mask),
+        past_lidar=in_lidar(past, past_mask),
+        future_mask=future_mask,
+        past_mask=np.ascontiguousarray(past_mask),
+    )
+
+
+def _positions_along(
+    data: Annotations, rows: NDArray[np.int64], link: NDArray[np.int64], steps: int
+) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Global positions [n, steps, 3] in the key-frames 1 .. steps along a link, and their mask."""
     mask = np.zeros((len(rows), steps), dtype=bool)
-    xy = np.repeat(data.centre[rows, None, :2], steps, axis=1)
+    points = np.repeat(data.centre[rows, None], steps, axis=1)
     current = rows.copy()
     for _ in range(steps):  # at most one annotation a key-frame, so `steps` hops reach all of them
-        current = np.where(current >= 0, data.next[current], -1)
-        ahead = data.frame[current] - data.frame[rows] - 1
-        found = np.flatnonzero((current >= 0) & (ahead >= 0) & (ahead < steps))
-        mask[found, ahead[found]] = True
-        xy[found, ahead[found]] = data.centre[current[found], :2]
+        current = np.where(current >= 0, link[current], -1)
+        away = np.abs(data.frame[current] - data.frame[rows]) - 1
+        found = np.flatnonzero((current >= 0) & (away >= 0) & (away < steps))
+        mask[found, away[found]] = True
+        points[found, away[found]] = data.centre[current[found]]
+    return points, mask
+
+
+def _in_own_frame(
+    data: Annotations, rows: NDArray[np.int64], points: FloatArray, mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Global points [n, steps, 3] as [n, steps, 2]: right and forward of each agent, level."""
     yaw = yaw_of(rotation_matrices(data.rotation[rows]))
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    dx, dy = np.moveaxis(xy - data.centre[rows, None, :2], -1, 0)
+    dx, dy, _ = np.moveaxis(points - data.centre[rows, None], -1, 0)
     own = np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
-    return np.where(mask[..., None], own, 0.0).astype(np.float32), mask
+    return np.where(mask[..., None], own, 0.0).astype(np.float32)
 
 
 def agent_targets(

@@ -24,9 +24,10 @@ from datamodules.agents import agent_targets, occupancy
 from datamodules.collate import Collate, Observation, Sample, Targets, Tokenises
 from datamodules.ego_state import ego_state, plan_targets
 from datamodules.frames import FrameLoader
+from datamodules.index_file import load_index
 from datamodules.map_raster import map_targets
 from datamodules.picking import ConversationSource, Picker
-from datamodules.records import FrameRecord, Index, SceneRecord, load_index
+from datamodules.records import FrameRecord, Index, SceneRecord
 from datamodules.sampling import (
     ClipRequest,
     ClipSampler,
@@ -195,7 +196,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
 
     @property
     def index(self) -> Index:
-        """The root's index (built at the first use, then shared by all data modules).
+        """The root's index: a memory-mapped file, built at the first use.
 
         Raises:
             UserError: the root is incomplete or inconsistent.
@@ -330,9 +331,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         return torch.from_numpy(occupancy(self.index, record, pedestrians=pedestrians))
 
     def _available(self, record: FrameRecord) -> tuple[str, ...]:
-        location = self.index.location(record)
-        expansion = self.index.root / "maps" / "expansion" / f"{location}.json"
-        return TARGETS if expansion.is_file() else ("agents",)
+        return TARGETS if self.index.location(record) in self.index.maps else ("agents",)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.parity import tracks, vision, whole
+from experiments.parity import labels, tracks, vision, whole
 from experiments.parity.golden import Check, Golden
 from odvla.errors import UserError
 
@@ -24,6 +24,7 @@ CASES: dict[str, Case] = {
     "d_track_memory": tracks.track_life,
     "f_msda": vision.attention_unit,
     "k_e2e": whole.whole,
+    "m_sdc": labels.planning_labels,
 }
 # Cases whose modules are not there yet: they are named, so that nobody takes them for passed.
 NOT_YET = {

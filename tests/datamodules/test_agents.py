@@ -1,6 +1,7 @@
 """Boxes, futures and occupancy against the devkit and closed forms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from datamodules.agents import (
     occupancy,
     rows_of,
 )
-from datamodules.records import load_index
+from datamodules.index_file import load_index
+from datamodules.records import without_derived
 from odvla.types import DETECTION_CLASSES
 
 NEAR = (-50.0, 50.0, -50.0, 50.0)
@@ -88,9 +90,7 @@ def test_future_turns_right_means_positive_x(circle_root):
     row = int(np.flatnonzero(data.next >= 0)[0])
     turned = data.rotation.copy()
     turned[row] = [math.cos(math.pi / 4), 0, 0, math.sin(math.pi / 4)]
-    changed = type(index)(
-        **{**index.__dict__, "annotations": type(data)(**{**data.__dict__, "rotation": turned})}
-    )
+    changed = replace(without_derived(index), annotations=replace(data, rotation=turned))
     move = data.centre[data.next[row]] - data.centre[row]
     positions, _ = futures(changed, np.array([row]))
     np.testing.assert_allclose(positions[0, 0], [move[0], move[1]], atol=1e-5)

@@ -29,6 +29,7 @@ RUN = (
     "f_msda_unit",
     "k_e2e",
     "k_e2e_zeroed",
+    "m_sdc_labels",
 )
 
 
