@@ -1,11 +1,10 @@
-"""Annotated agents of a key-frame: boxes, tracks and futures, and the occupancy plans are held to.
+"""Annotated agents of a key-frame: boxes, tracks, futures and pasts.
 
 Shape legend: A agents of one key-frame.
 """
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,16 +13,10 @@ from datamodules.poses import FloatArray, inverse, rotation_matrices, yaw_of
 from datamodules.records import AgentPaths, Annotations, FrameRecord, Index
 from odvla.types import (
     BOX_DIM,
-    DETECTION_CLASSES,
     HISTORY,
     WAYPOINTS,
     AgentTargets,
-    BevGrid,
 )
-
-VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
-# The grid UniAD's planning metric looks boxes up in: 100 m x 100 m around the lidar.
-OCCUPANCY_GRID = BevGrid(-50.0, -50.0, 0.5, 200, 200)
 
 
 def boxes_in_lidar(
@@ -152,49 +145,3 @@ def agent_targets(
         future=torch.from_numpy(future)[None],
         future_mask=torch.from_numpy(future_mask)[None],
     )
-
-
-def occupancy(
-    index: Index, frame: FrameRecord, *, pedestrians: bool = False, steps: int = WAYPOINTS
-) -> NDArray[np.bool_]:
-    """Where other road users will be, on OCCUPANCY_GRID in the lidar frame of t0.
-
-    Corners are rounded to cells and filled together with their border, as FIERY, ST-P3 and UniAD do
-    (boxes come out up to a cell too large and a quarter metre towards +x, +y). All annotated
-    vehicles count, however hidden, as in UniAD.
-
-    Args:
-        index: the root's index.
-        frame: t0.
-        pedestrians: add pedestrians to the vehicles (VAD's map).
-        steps: key-frames ahead; after the scene's end the grid is empty.
-
-    Returns:
-        [steps, rows, columns]: row 0 lies at y = -50 m, column 0 at x = -50 m.
-    """
-    grid = OCCUPANCY_GRID
-    classes = [*VEHICLES, "pedestrian"] if pedestrians else VEHICLES
-    wanted = [DETECTION_CLASSES.index(name) for name in classes]
-    cells = np.zeros((steps, grid.rows, grid.columns), dtype=np.uint8)
-    later = frame
-    for step in range(steps):
-        if later.next < 0:
-            break
-        later = index.frames[later.next]
-        rows = rows_of(index, later)
-        rows = rows[np.isin(index.annotations.label[rows], wanted)]
-        for corners in box_corners(boxes_in_lidar(index, rows, frame)):
-            corner = np.round((corners - [grid.x_min_m, grid.y_min_m]) / grid.cell_m)
-            cv2.fillPoly(cells[step], [corner.astype(np.int32)], (1,))
-    return cells.astype(bool)
-
-
-def box_corners(boxes: NDArray[np.float32]) -> FloatArray:
-    """Footprints [n, 4, 2] of boxes [n, 9], in order around the box from its front left corner."""
-    width, length, yaw = boxes[:, 3], boxes[:, 4], boxes[:, 6]
-    along = np.stack([length, -length, -length, length], axis=1) / 2
-    left = np.stack([width, width, -width, -width], axis=1) / 2
-    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    x = boxes[:, :1] + along * cos - left * sin
-    y = boxes[:, 1:2] + along * sin + left * cos
-    return np.stack([x, y], axis=-1).astype(np.float64)

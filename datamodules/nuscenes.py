@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from datamodules.agents import agent_targets, occupancy
+from datamodules.agents import agent_targets
 from datamodules.collate import Collate, Observation, Sample, Targets, Tokenises
 from datamodules.ego_state import ego_state, plan_targets
 from datamodules.frames import FrameLoader
 from datamodules.index_file import load_index
 from datamodules.map_raster import map_targets
+from datamodules.occupancy import FrameOccupancy
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index, SceneRecord
 from datamodules.sampling import (
@@ -327,8 +328,13 @@ class NuScenesDataModule(lightning.LightningDataModule):
         Returns:
             Bool [6, 200, 200]: row 0 at y = -50 m, column 0 at x = -50 m, cells of 0.5 m.
         """
-        record = self.index.frame(sample_token)
-        return torch.from_numpy(occupancy(self.index, record, pedestrians=pedestrians))
+        return torch.from_numpy(
+            self._occupancy(self.index.frame(sample_token), pedestrians=pedestrians)
+        )
+
+    @cached_property
+    def _occupancy(self) -> FrameOccupancy:
+        return FrameOccupancy(self.index)
 
     def _available(self, record: FrameRecord) -> tuple[str, ...]:
         return TARGETS if self.index.location(record) in self.index.maps else ("agents",)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataModule
+from datamodules.occupancy import metric_orientation
 from experiments.baselines import EgoMLP, EgoMLPConfig, constant_velocity
 from experiments.report import Planner, Report, ResultTable, planning_tables
 from odvla.errors import UserError
@@ -98,7 +99,7 @@ def evaluate_planning(
     tokens = [truth.tokens[row] for row in rows]
     driven = truth.waypoints[rows].double().numpy()
     mask = truth.mask[rows].numpy()
-    occupancy = np.stack([_metric_raster(data.occupancy(token)) for token in tokens])
+    occupancy = np.stack([metric_orientation(data.occupancy(token).numpy()) for token in tokens])
 
     def score(plans: NDArray[np.float64]) -> tuple[PlanningScores, ...]:
         return tuple(score_plans(plans, driven, mask, occupancy, card) for card in CARDS)
@@ -328,11 +329,6 @@ def evaluate(
             tables += new_tables
             numbers[stage] = new_numbers
     return Report(experiment, tuple(tables), numbers)
-
-
-def _metric_raster(occupancy: torch.Tensor) -> NDArray[np.bool_]:
-    """[6, 200, 200] with columns along +x -> columns along -x, as the collision metric reads it."""
-    return occupancy.flip(-1).numpy()
 
 
 def _plans(found: Mapping[str, Record], tokens: Sequence[str]) -> tuple[NDArray[np.float64], float]:

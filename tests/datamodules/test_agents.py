@@ -8,12 +8,10 @@ import pytest
 from nuscenes.nuscenes import NuScenes
 
 from datamodules.agents import (
-    OCCUPANCY_GRID,
     agent_targets,
     boxes_in_lidar,
     futures,
     learnable_rows,
-    occupancy,
     rows_of,
 )
 from datamodules.index_file import load_index
@@ -94,29 +92,3 @@ def test_future_turns_right_means_positive_x(circle_root):
     move = data.centre[data.next[row]] - data.centre[row]
     positions, _ = futures(changed, np.array([row]))
     np.testing.assert_allclose(positions[0, 0], [move[0], move[1]], atol=1e-5)
-
-
-def test_occupancy_covers_boxes_where_they_will_be(circle_root):
-    index = load_index(circle_root, "v1.0-mini")
-    frame = index.frames[1]
-    vehicles = occupancy(index, frame)
-    everyone = occupancy(index, frame, pedestrians=True)
-    assert vehicles.shape == (6, 200, 200)
-    assert (everyone >= vehicles).all()
-    assert everyone.sum() > vehicles.sum()
-    grid = OCCUPANCY_GRID
-    for step in range(6):
-        later = index.frames[2 + step]
-        rows = rows_of(index, later)
-        names = [DETECTION_CLASSES[k] if k >= 0 else "" for k in index.annotations.label[rows]]
-        boxes = boxes_in_lidar(index, rows, frame)
-        expected_area = 0.0
-        for box, name in zip(boxes, names, strict=True):
-            column = int((box[0] - grid.x_min_m) / grid.cell_m)
-            row = int((box[1] - grid.y_min_m) / grid.cell_m)
-            if 0 <= column < 200 and 0 <= row < 200 and name in ("car", "truck"):
-                assert vehicles[step, row, column]
-                expected_area += box[3] * box[4] / grid.cell_m**2
-        # Filled with their border: somewhat more cells than the boxes' area.
-        assert expected_area < vehicles[step].sum() < 2 * expected_area
-    assert not occupancy(index, index.frames[8]).any()  # the scene ends
