@@ -6,8 +6,8 @@ The root is as large as v1.0-trainval's key-frames, in tables only: a few simula
 --base, or of a town of three that is made first) are repeated under new tokens and the official
 scene names; some get one more key-frame, a copy of their last, until there are --frames in all. It
 has no images and no sweeps. Each way of opening runs in a process of its own; memory is what
-opening adds to a process that has imported the libraries: resident (shared pages included) and
-private (what every further worker would take again).
+opening adds to a process that has imported the libraries: resident (with the pages of the file that
+were touched, which all processes share) and private (what every further worker takes again).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import json, os, sys, time
 def memory():
     rows = [line.split() for line in open("/proc/self/smaps_rollup").read().splitlines()[1:]]
     kb = {row[0]: int(row[1]) for row in rows}
-    return kb["Rss:"] / 1024, (kb["Private_Clean:"] + kb["Private_Dirty:"]) / 1024
+    return kb["Rss:"] / 1024, kb["Anonymous:"] / 1024
 root, version = sys.argv[1:]
 started = time.perf_counter()
 IMPORT

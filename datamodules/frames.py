@@ -26,19 +26,22 @@ REDUCED_FLAGS = (
 Image = NDArray[np.uint8]
 
 
-def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) -> Image:
+def load_image(
+    path: Path, file_size: tuple[int, int], size: tuple[int, int], *, strict_size: bool = False
+) -> Image:
     """Read one camera image and resize it.
 
     Args:
         path: a JPEG or PNG file.
         file_size: width, height the tables give for the file.
         size: width, height wanted.
+        strict_size: the decoded file must have file_size (which only a full decode can tell).
 
     Returns:
         RGB uint8 [height, width, 3].
 
     Raises:
-        UserError: the file is missing, cut short, or not an image.
+        UserError: the file is missing, cut short, not an image, or (if asked for) of another size.
     """
     try:
         content = path.read_bytes()
@@ -59,6 +62,12 @@ def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) ->
         )
     if decoded is None:
         raise UserError(f"camera image {path} is not an image OpenCV can decode")
+    if strict_size and decoded.shape[1::-1] != file_size:
+        width, height = decoded.shape[1::-1]
+        raise UserError(
+            f"camera image {path} is not of the size the tables give: {width}x{height}, not "
+            f"{file_size[0]}x{file_size[1]}"
+        )
     if decoded.shape[1::-1] != size:
         shrinking = decoded.shape[1] > size[0]
         method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
