@@ -55,6 +55,56 @@ def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
     )
 
 
+def drivable_cells(index: Index, frame: FrameRecord, grid: BevGrid) -> NDArray[np.bool_]:
+    """Drivable area [H, W] around one key-frame, without the other layers of the map.
+
+    Raises:
+        UserError: the location has no map expansion.
+    """
+    layers = index.map_of(frame)
+    x_min, x_max, y_min, y_max = grid.extent_m
+    reach_m = float(np.hypot(max(-x_min, x_max), max(-y_min, y_max))) + grid.cell_m
+    return _FrameRaster(frame, grid, reach_m).union(layers.drivable)
+
+
+def map_lines(
+    index: Index, frame: FrameRecord, reach_m: float
+) -> list[tuple[int, NDArray[np.float64]]]:
+    """Map elements near the car as lines: the vector form, for pictures and text.
+
+    Args:
+        index: the root's index.
+        frame: t0.
+        reach_m: elements that come within this square around the lidar are given, in one line for
+            each connected piece inside it (a piece keeps its segments that cross the border).
+
+    Returns:
+        Index into MAP_CLASSES and points [k, 2] in the lidar frame of t0; crossings are closed.
+
+    Raises:
+        UserError: the location has no map expansion.
+    """
+    layers = index.map_of(frame)
+    raster = _FrameRaster(frame, BevGrid(-reach_m, -reach_m, 1.0, 1, 1), reach_m * np.sqrt(2))
+    found = []
+    for label, segments, whole in (
+        (DIVIDER, layers.dividers, False),
+        (CROSSING, layers.crossings, True),
+        (BOUNDARY, layers.boundaries, False),
+    ):
+        rows = (segments.whole_near if whole else segments.near)(raster.centre, raster.reach_m)
+        start, end = (raster.in_lidar(ends[rows]) for ends in (segments.start, segments.end))
+        if not whole:
+            low, high = np.minimum(start, end), np.maximum(start, end)
+            inside = ((low <= reach_m) & (high >= -reach_m)).all(1)
+            rows, start, end = rows[inside], start[inside], end[inside]
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(segments.element[rows]) != 0)) + 1
+        for piece in np.split(np.arange(len(rows)), breaks):
+            if len(piece):
+                found.append((label, np.concatenate([start[piece], end[piece[-1:]]])))
+    return found
+
+
 class _FrameRaster:
     """Draws segments of the global frame on the grid of one key-frame."""
 
@@ -65,6 +115,10 @@ class _FrameRaster:
         yaw = float(yaw_of(frame.lidar_to_global[:3, :3]))
         cos, sin = np.cos(yaw), np.sin(yaw)
         self.to_lidar = np.array([[cos, sin], [-sin, cos]])
+
+    def in_lidar(self, points: FloatArray) -> FloatArray:
+        """Global points [n, 2] in the lidar frame of t0."""
+        return (points - self.centre) @ self.to_lidar.T
 
     def lines(self, segments: Segments, *, closed: bool = False) -> NDArray[np.bool_]:
         """Masks [E, H, W] of the lines (or closed rings) near the car, one a connected piece."""
@@ -101,7 +155,7 @@ class _FrameRaster:
         """Both ends of segments in units of cells: (column, row), cell centres at integers."""
         origin = np.array([self.grid.x_min_m, self.grid.y_min_m])
         return tuple(
-            ((ends[rows] - self.centre) @ self.to_lidar.T - origin) / self.grid.cell_m - 0.5
+            (self.in_lidar(ends[rows]) - origin) / self.grid.cell_m - 0.5
             for ends in (segments.start, segments.end)
         )
 

@@ -1,4 +1,4 @@
-"""The verbs about data: `data make`, `data index`."""
+"""The verbs about data: `data make`, `data index`, `data show`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ def add(verbs: Verbs) -> None:
     index.add_argument(
         "--out", type=Path, help="file to write (default: in the root, or in ODVLA_CACHE)"
     )
+    show = add_verb(
+        actions,
+        "show",
+        "draw a sample: six cameras with boxes and lidar, and the scene from above",
+        "data show data/nuscenes --sample ca9a282c9e77460f8360f564131a8af5 --out sample.png",
+        show_sample,
+    )
+    add_root(show)
+    show.add_argument("--sample", metavar="TOKEN", help="default: the root's first")
+    show.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +89,23 @@ def make_index(options: argparse.Namespace) -> None:
         f"{len(index.annotations.token)} boxes, {len(index.maps)} maps, "
         f"{file.stat().st_size / 1e6:.0f} MB"
     )
+
+
+def show_sample(options: argparse.Namespace) -> None:
+    """A picture."""
+    from datamodules.nuscenes import NuScenesDataConfig
+    from experiments.cameras_picture import draw_sample, sample_view
+    from experiments.pictures import save_picture
+    from experiments.prepare import index_with_bar
+
+    version = version_of(options)
+    index_with_bar(options.root, version)
+    data = NuScenesDataConfig(str(options.root), version).build()
+    token = options.sample or data.index.frames[0].token
+    size = data.index.frame(token).cameras[0].size
+    data = NuScenesDataConfig(str(options.root), version, image_size=size).build()
+    save_picture(draw_sample(sample_view(data, token), token), options.out)
+    Console(soft_wrap=True, highlight=False).print(f"{options.out}")
 
 
 def make_data(options: argparse.Namespace) -> None:

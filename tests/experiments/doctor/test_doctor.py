@@ -155,6 +155,11 @@ def test_the_verb_prints_json_and_exits_with_1(damaged, capsys, tmp_path):
     assert sum(line.startswith(("red", "yellow", "green")) for line in lines) == len(listed)
 
 
+def _only_tables(town_root, out):
+    shutil.copytree(town_root / VERSION, out / "root" / VERSION)
+    return out / "root"
+
+
 def _missing_table(root):
     (root / VERSION / "instance.json").unlink()
     return "instance.json is missing"
@@ -172,9 +177,8 @@ def _other_content(root):
 
 
 @pytest.mark.parametrize("damage", [_missing_table, _cut_table, _other_content])
-def test_unreadable_tables_are_named(circles, tmp_path, damage):
-    root = circles.write_root(tmp_path / "root")
-    (root / "v1.0-mini").rename(root / VERSION)
+def test_unreadable_tables_are_named(town_root, tmp_path, damage):
+    root = _only_tables(town_root, tmp_path)
     text = damage(root)
     found = {finding.check: finding for finding in check_data(root, VERSION)}
     assert found["tables"].level == "red"
@@ -182,20 +186,23 @@ def test_unreadable_tables_are_named(circles, tmp_path, damage):
     assert "links" not in found
 
 
-def test_missing_roots_versions_and_splits(circles, tmp_path):
+def test_missing_roots_versions_and_splits(town_root, tmp_path):
     assert _levels(check_data(tmp_path / "nowhere", VERSION)) == {"data root": "red"}
-    root = circles.write_root(tmp_path / "root")
-    (wrong,) = check_data(root, VERSION)
-    assert "versions found: v1.0-mini" in wrong.found
-    path = root / "v1.0-mini" / "scene.json"
+    root = _only_tables(town_root, tmp_path)
+    (wrong,) = check_data(root, "v1.0-mini")
+    assert f"versions found: {VERSION}" in wrong.found
+    path = root / VERSION / "scene.json"
     scenes = json.loads(path.read_text())
     scenes[0]["name"] = "scene-9999"
     scenes[1]["name"] = scenes[2]["name"]
     path.write_text(json.dumps(scenes))
-    found = {finding.check: finding for finding in check_data(root, "v1.0-mini")}
+    found = {finding.check: finding for finding in check_data(root, VERSION)}
     assert found["splits"].level == "yellow"
-    assert "1 of 4 scenes are in no split" in found["splits"].found
+    assert "1 of 3 scenes are in no split" in found["splits"].found
     assert f"2 scenes are called {scenes[2]['name']}" in found["leaks"].found
+    # Nothing but tables is there.
+    assert found["images"].level == "red"
+    assert "(and 719 more)" in found["images"].found
 
 
 def test_an_experiments_texts_and_models(town_root, tmp_path, capsys):
