@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datamodules.ego_state import velocity_ahead
 from datamodules.poses import FloatArray, inverse, rotation_matrices, yaw_of
 from datamodules.records import AgentPaths, Annotations, FrameRecord, Index
-from odvla.types import (
-    BOX_DIM,
-    HISTORY,
-    WAYPOINTS,
-    AgentTargets,
-)
+from odvla.types import BOX_DIM, HISTORY, WAYPOINTS, AgentTargets
+
+PAST_STEPS = HISTORY  # key-frames back that agents' pasts reach
+EGO_SIZE_M = (1.73, 4.08, 1.56)  # width, length, height of the Renault Zoe, as in UniAD's labels
 
 
 def boxes_in_lidar(
@@ -84,9 +83,7 @@ def agent_paths(index: Index) -> AgentPaths:
     data = index.annotations
     rows = np.arange(len(data.frame))
     future, future_mask = _positions_along(data, rows, data.next, WAYPOINTS)
-    # Hops go back in time; a path is told oldest first.
-    past, past_mask = _positions_along(data, rows, data.prev, HISTORY)
-    past, past_mask = past[:, ::-1], past_mask[:, ::-1]
+    past, past_mask = _positions_along(data, rows, data.prev, PAST_STEPS)
     to_lidar = inverse(np.asarray(index.arrays["frame.lidar_to_global"]))
 
     def in_lidar(points: FloatArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -100,7 +97,7 @@ def agent_paths(index: Index) -> AgentPaths:
         future_lidar=in_lidar(future, future_mask),
         past_lidar=in_lidar(past, past_mask),
         future_mask=future_mask,
-        past_mask=np.ascontiguousarray(past_mask),
+        past_mask=past_mask,
     )
 
 
@@ -131,12 +128,34 @@ def _in_own_frame(
     return np.where(mask[..., None], own, 0.0).astype(np.float32)
 
 
+def pasts(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Where agents came from, each in its own frame at t0, latest first; else as `futures`."""
+    paths = index.paths
+    if paths is not None:
+        return paths.past_own[rows], paths.past_mask[rows]
+    data = index.annotations
+    points, mask = _positions_along(data, rows, data.prev, PAST_STEPS)
+    return _in_own_frame(data, rows, points, mask), mask
+
+
+def ego_box(index: Index, frame: FrameRecord) -> NDArray[np.float32]:
+    """The car's own box [9] in its lidar frame, as UniAD has it: centred on the lidar.
+
+    The velocity is that of the next step, in a scene's last key-frame that of the last one.
+    """
+    box = np.zeros(BOX_DIM, dtype=np.float32)
+    box[3:6], box[6] = EGO_SIZE_M, np.pi / 2
+    box[7:9] = velocity_ahead(index, frame)
+    return box
+
+
 def agent_targets(
     index: Index, frame: FrameRecord, extent_m: tuple[float, float, float, float]
 ) -> AgentTargets:
     """Targets of one key-frame as one row, no padding."""
     rows = learnable_rows(index, frame, extent_m)
     future, future_mask = futures(index, rows)
+    past, past_mask = pasts(index, rows)
     return AgentTargets(
         boxes=torch.from_numpy(boxes_in_lidar(index, rows, frame))[None],
         labels=torch.from_numpy(index.annotations.label[rows])[None],
@@ -144,4 +163,7 @@ def agent_targets(
         mask=torch.ones(1, len(rows), dtype=torch.bool),
         future=torch.from_numpy(future)[None],
         future_mask=torch.from_numpy(future_mask)[None],
+        past=torch.from_numpy(past)[None],
+        past_mask=torch.from_numpy(past_mask)[None],
+        ego=torch.from_numpy(ego_box(index, frame))[None],
     )

@@ -83,6 +83,24 @@ def future_positions(
     return _to_lidar_xy(frame, np.array(positions)), mask
 
 
+def velocity_ahead(index: Index, frame: FrameRecord) -> FloatArray:
+    """Velocity [2] of the ego origin over the next step, as UniAD labels the car with it.
+
+    By time stamps, in the axes of the lidar where the step starts. A scene's last key-frame repeats
+    the one before, in that one's axes; a scene of one key-frame stands still.
+    """
+    earlier, later = frame, frame
+    if frame.next >= 0:
+        later = index.frames[frame.next]
+    elif frame.prev >= 0:
+        earlier = index.frames[frame.prev]
+    if earlier is later:
+        return np.zeros(2)
+    seconds = (later.timestamp_us - earlier.timestamp_us) * 1e-6
+    moved = later.ego_to_global[:3, 3] - earlier.ego_to_global[:3, 3]
+    return ((moved / seconds) @ earlier.lidar_to_global[:3, :3])[:2]
+
+
 def plan_targets(index: Index, frame: FrameRecord, height_m: float = 0.0) -> PlanTargets:
     """The next 3 s of LIDAR_TOP (see future_positions) as targets of one row."""
     waypoints, mask = future_positions(index, frame, height_m=height_m)

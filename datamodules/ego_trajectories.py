@@ -27,6 +27,7 @@ from datamodules.ego_state import (
     command_of,
     future_positions,
     past_positions,
+    velocity_ahead,
 )
 from datamodules.poses import FloatArray, inverse, wrap_angle, yaw_of
 from datamodules.records import FrameRecord, Index
@@ -79,18 +80,7 @@ def planning_label(index: Index, frame: FrameRecord, steps: int = WAYPOINTS) -> 
         later = index.frames[later.next]
         turned = wrap_angle(yaw_of(later.ego_to_global[:3, :3]) + into)
         path[step, 2] = UNIAD_BOX_YAW + float(turned)
-    return PlanningLabel(path, mask, command_of(points), _velocity_ahead(index, frame))
-
-
-def _velocity_ahead(index: Index, frame: FrameRecord) -> FloatArray:
-    """Velocity [2] of the ego origin to the next key-frame, in the lidar axes it starts from."""
-    start = frame if frame.next >= 0 else index.frames[frame.prev] if frame.prev >= 0 else None
-    if start is None:  # a scene of one key-frame
-        return np.zeros(2)
-    later = index.frames[start.next]
-    moved = later.ego_to_global[:3, 3] - start.ego_to_global[:3, 3]
-    elapsed_s = (later.timestamp_us - start.timestamp_us) * 1e-6
-    return (start.lidar_to_global[:3, :3].T @ moved)[:2] / elapsed_s
+    return PlanningLabel(path, mask, command_of(points), velocity_ahead(index, frame))
 
 
 def cached_trajectories(index: Index, frame: FrameRecord) -> CachedTrajectories:

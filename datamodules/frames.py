@@ -153,20 +153,21 @@ class FrameLoader:
         """
         if frame.number in self._cache:
             return self._cache[frame.number]
-        images = []
+        width, height = self.geometry.size
+        stack = np.empty((len(frame.cameras), 3, height, width), dtype=np.uint8)
         whole = True
-        for camera in frame.cameras:
+        for number, camera in enumerate(frame.cameras):
             path = self.index.root / camera.file
             try:
                 image = load_image(path, camera.size, self.geometry.resized)
             except UserError as error:
                 self.broken.add(camera.file, error)
-                width, height = self.geometry.resized
-                image, whole = np.zeros((height, width, 3), dtype=np.uint8), False
-            images.append(self.geometry.crop_and_pad(image))
+                image, whole = np.zeros((*self.geometry.resized[::-1], 3), np.uint8), False
+            # Channel by channel: numpy would take five times as long to turn the axes round.
+            for channel, plane in enumerate(cv2.split(self.geometry.crop_and_pad(image))):
+                stack[number, channel] = plane
         if not whole:
             self._broken_frames.add(frame.number)
-        stack = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
         if whole and len(self._cache) < self._cache_room:
             self._cache[frame.number] = stack
         return stack

@@ -38,6 +38,7 @@ from datamodules.sampling import (
     StreamBatchSampler,
 )
 from odvla.errors import UserError
+from odvla.language.dialect_file import PLAIN
 from odvla.types import Batch, BevGrid, Conversation, EgoState, PlanTargets
 
 log = logging.getLogger(__name__)
@@ -210,6 +211,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.training = PLAIN  # how conversations of the train split are cut up
         self._sources: dict[str, ConversationSource | None] = {}
 
     @property
@@ -369,7 +371,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
             raise UserError(f"{type(self).__name__} needs a tokenizer to make batches")
         return {
             "dataset": FrameDataset(self.index, self.config, self.loader, source),
-            "collate_fn": Collate(self.tokenizer),
+            "collate_fn": Collate(self.tokenizer, self.training if split == "train" else PLAIN),
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -105,7 +105,7 @@ class AgentPaths:
     """Where every annotated agent goes and came from; positions are 0 where the mask is False."""
 
     future_own: NDArray[np.float32]  # [P, 6, 2] in its own frame at t0: x right, y forward
-    past_own: NDArray[np.float32]  # [P, 4, 2] oldest first
+    past_own: NDArray[np.float32]  # [P, 4, 2] latest first
     future_lidar: NDArray[np.float32]  # [P, 6, 2] in LIDAR_TOP at t0
     past_lidar: NDArray[np.float32]  # [P, 4, 2]
     future_mask: NDArray[np.bool_]  # [P, 6] annotated in that key-frame of the scene

@@ -23,8 +23,9 @@ from experiments.handoff import (
     CARD,
     TOKENIZER,
     card_sha256,
+    check_dialect,
     check_handoff,
-    data_fingerprint,
+    fingerprint_of,
     git_commit,
     read_card,
 )
@@ -147,11 +148,12 @@ def open_pipeline(
         stages = tuple(stage for stage in stages if STAGES.index(stage) >= first)
         if not stages:
             raise UserError(f"no stage of run ({', '.join(config.run)}) comes after {parent}")
-        check_handoff(parent, stages[0])
+        check_dialect(parent, check_handoff(parent, stages[0]), config)
+        if config.init.weights:
+            log.info("init.weights are not loaded: stage %s starts from %s", stages[0], parent)
     folder, main = runs / config.name, is_first_process()
     config = prepare_data(config, progress=progress and main)
-    language = Path(config.data.language_root) if config.data.language_root else None
-    fingerprint = data_fingerprint(config.data.folder, config.data.version, language)
+    fingerprint = fingerprint_of(config)
     lock = _lock(folder) if main else None
     if parent is not None:
         tokenizer = ChatTokenizer.load(parent / TOKENIZER)

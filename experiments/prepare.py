@@ -18,6 +18,7 @@ from datamodules.nuscenes import NuScenesDataModule
 from experiments.schema import ExperimentConfig, TownSettings
 from odvla.config import to_tree
 from odvla.errors import UserError
+from odvla.language.model_folder import model_folder
 from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
 from odvla.vla import DrivingVLA
 from odvla.weights import write_atomically
@@ -127,7 +128,8 @@ def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     """
     settings = config.tokenizer
     if settings.pretrained is not None:
-        return ChatTokenizer.load(settings.pretrained)
+        folder = model_folder(settings.pretrained, "tokenizer.pretrained", "tokenizer.json")
+        return ChatTokenizer.load(folder, add_tags=settings.add_tags)
 
     def texts() -> Iterator[str]:
         for stage in config.run:

@@ -53,6 +53,11 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="changed settings, e.g. stages.planning.steps=10 (see `show`)",
     )
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--force-dialect",
+        action="store_true",
+        help="take weights that were trained on other prompts all the same",
+    )
     parser.add_argument("--data", metavar="ROOT", help="data root (default: $ODVLA_DATA, or data)")
 
 
@@ -72,6 +77,8 @@ def experiment_of(options: argparse.Namespace) -> ExperimentConfig:
     if options.overlay:
         config = apply_overlay(config, options.overlay)
     config = apply_overrides(config, options.overrides)
+    if options.force_dialect:
+        config = replace(config, force_dialect=True)
     if options.data:
         config = replace(config, data=replace(config.data, root=options.data))
     return config

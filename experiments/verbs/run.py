@@ -23,7 +23,7 @@ from experiments.verbs.parser import (
 
 def add(verbs: Verbs) -> None:
     """Declare the verbs."""
-    add_verb(verbs, "list", "name all experiments", "list", list_experiments)
+    add_verb(verbs, "list", "name all experiments and sweeps", "list", list_experiments)
 
     show = add_verb(
         verbs, "show", "print an experiment's config", "show tiny seed=1", show_experiment
@@ -76,14 +76,16 @@ def list_experiments(options: argparse.Namespace) -> None:
     """Names and first lines of the docstrings."""
     from rich.table import Table
 
-    from experiments.find import experiments
+    from experiments.find import experiments, sweeps
 
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, (_, line) in experiments().items():
-        table.add_row(name, line)
-    Console().print(table)
+    console = Console()
+    for title, found in (("experiments", experiments()), ("sweeps", sweeps())):
+        table = Table(box=None, show_header=False, title=title, title_justify="left")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for name, (_, line) in found.items():
+            table.add_row(name, line)
+        console.print(table)
 
 
 def show_experiment(options: argparse.Namespace) -> None:

@@ -399,6 +399,9 @@ class BEVFormer(nn.Module):
     def image_levels(self, frames: Frames) -> tuple[Tensor, ...]:
         """Feature maps [B, N, C, h, w], fine to coarse."""
         batch, cameras = frames.images.shape[:2]
+        height, width = frames.images.shape[-2:]
+        if height < 1 or width < 1:
+            raise UserError(f"the encoder cannot take images of {width} x {height} pixels")
         if cameras != self.config.cameras:
             raise UserError(
                 f"the encoder was built for {self.config.cameras} cameras, not {cameras}"

@@ -101,7 +101,7 @@ def test_agents_paths_in_both_frames(circle_root, circles):
         x0, y0, yaw = circles.lidar_pose(scene, 0.5 * frame.position)
         for known, points, shifts in (
             (paths.future_mask[row], paths.future_lidar[row], range(1, 7)),
-            (paths.past_mask[row], paths.past_lidar[row], (-4, -3, -2, -1)),
+            (paths.past_mask[row], paths.past_lidar[row], (-1, -2, -3, -4)),
         ):
             for k, shift in enumerate(shifts):
                 at = frame.position + shift

@@ -103,7 +103,7 @@ def root(circles, tmp_path_factory):
 class _Counter:
     """Stands in for a tokenizer: one id a conversation."""
 
-    def tokenise(self, conversations, frame_index):
+    def tokenise(self, conversations, frame_index, stream=None):
         import torch
 
         rows = len(conversations)
