@@ -13,6 +13,7 @@ from experiments.verbs.parser import (
     EXIT_FAILED,
     EXIT_OK,
     Verbs,
+    add_experiment,
     add_places,
     add_verb,
     experiment_of,
@@ -30,10 +31,7 @@ def add(verbs: Verbs) -> None:
         "doctor tiny --data data/nuscenes",
         examine,
     )
-    doctor.add_argument("experiment", nargs="?", help="check what this experiment needs, too")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="changed settings")
-    doctor.add_argument("--overlay", type=Path, metavar="FILE", help="YAML file of settings")
-    doctor.add_argument("--data", metavar="ROOT", help="data root (default: $ODVLA_DATA, or data)")
+    add_experiment(doctor, required=False)
     doctor.add_argument("--version", help="e.g. v1.0-trainval (default: the only one there is)")
     doctor.add_argument("--json", action="store_true", help="print a JSON list")
     add_places(doctor)
