@@ -55,8 +55,8 @@ def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
     )
 
 
-def drivable_cells(index: Index, frame: FrameRecord, grid: BevGrid) -> NDArray[np.bool_]:
-    """Drivable area [H, W] around one key-frame, without the other layers of the map.
+def drivable_area(index: Index, frame: FrameRecord, grid: BevGrid) -> NDArray[np.bool_]:
+    """Drivable cells [H, W] around one key-frame, without the other layers of the map.
 
     Raises:
         UserError: the location has no map expansion.

@@ -78,7 +78,7 @@ def sample_view(data: NuScenesDataModule, sample_token: str) -> SampleView:
     Raises:
         UserError: no such sample, or a broken image.
     """
-    from datamodules.map_raster import drivable_cells, map_lines
+    from datamodules.map_raster import drivable_area, map_lines
 
     index = data.index
     frame = index.frame(sample_token)
@@ -94,7 +94,7 @@ def sample_view(data: NuScenesDataModule, sample_token: str) -> SampleView:
     if index.location(frame) in index.maps:
         cells = round(2 * REACH_M / MAP_CELL_M)
         grid = BevGrid(-REACH_M, -REACH_M, MAP_CELL_M, cells, cells)
-        drivable, elements = drivable_cells(index, frame, grid), map_lines(index, frame, REACH_M)
+        drivable, elements = drivable_area(index, frame, grid), map_lines(index, frame, REACH_M)
     else:
         notes.append("no map expansion")
     assert batch.plan is not None

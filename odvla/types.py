@@ -242,7 +242,7 @@ class Talk(TensorFields):
     frame_index: Int64[Tensor, " G"]  # row of the Frames this conversation is about
     object_boxes: Float[Tensor, "G 9"]  # NaN where the text has no <OBJECT>
     conversations: tuple[Conversation, ...]
-    object_tracks: Int64[Tensor, " G"] | None = None  # track id of the <OBJECT>; -1: by its box
+    object_tracks: Int64[Tensor, " G"] | None = None  # track id of <OBJECT>; -1, None: by its box
 
 
 @dataclass(frozen=True)

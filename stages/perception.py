@@ -18,9 +18,10 @@ from odvla.errors import UserError
 from odvla.freezing import FreezePlan
 from odvla.losses.clip import ClipCriterion, ClipLossConfig
 from odvla.losses.perception import PerceptionLossConfig
+from odvla.metrics.map_segmentation import map_cells
 from odvla.rows import rows_of
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, Teaching, VLAState
+from odvla.vla import DrivingVLA, Perception, Teaching, VLAState
 from stages.base import Record, StageConfig, StageLoss, StageModule
 from stages.optimisation import LearningRates, OptimiserConfig
 
@@ -105,7 +106,7 @@ class PerceptionStage(StageModule):
         return StageLoss(torch.stack(list(parts.values())).sum(), kept, parts, state)
 
     def predict_rows(self, batch: Batch) -> list[Record]:
-        """Detections of every key-frame."""
+        """Detections of every key-frame, and how far its map was met."""
         seen, self.streams["seeing"] = self.vla.perceive(batch.clip, self.streams.get("seeing"))
         if not seen.agent_steps:
             return []
@@ -127,7 +128,22 @@ class PerceptionStage(StageModule):
                     "track_ids": found.track_ids[row, chosen].tolist(),
                 }
             )
-        return records
+        return records + self._map_records(batch, seen)
+
+    def _map_records(self, batch: Batch, seen: Perception) -> list[Record]:
+        """Cells of the map that were met, where there are both map and prediction."""
+        if seen.map_predictions is None or batch.map is None:
+            return []
+        inside, either = map_cells(seen.map_predictions, batch.map)
+        return [
+            {
+                "sample_token": token,
+                "kind": "map",
+                "intersection": inside[row].tolist(),
+                "union": either[row].tolist(),
+            }
+            for row, token in batch.valid_rows()
+        ]
 
 
 def _rounded(values: Tensor) -> list[Any]:

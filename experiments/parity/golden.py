@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -113,6 +115,19 @@ class Golden:
     def has(self, stem: str) -> bool:
         """Whether there are settings or results of this name."""
         return (self.folder / f"{stem}.json").is_file()
+
+    def arrays(self, stem: str) -> dict[str, Tensor]:
+        """All arrays of a file of numpy's.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.folder / f"{stem}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return {name: torch.from_numpy(content[name]) for name in content.files}
+        except (OSError, ValueError, BadZipFile) as error:
+            raise UserError(f"the recording {path} cannot be read: {error}") from error
 
     def facts(self, stem: str) -> dict[str, Any]:
         """Settings of a case.

@@ -10,7 +10,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.parity import clips, glue, labels, maps, prompts, tracks, vision, whole
+from experiments.parity import (
+    clips,
+    glue,
+    labels,
+    maps,
+    planning,
+    plans,
+    prompts,
+    tracks,
+    vision,
+    whole,
+)
 from experiments.parity.golden import Check, Golden
 from odvla.errors import UserError
 
@@ -26,6 +37,8 @@ CASES: dict[str, Case] = {
     "f_msda": vision.attention_unit,
     "f_panseg": maps.head,
     "g_glue": glue.glue,
+    "h_planning": planning.planning_metric,
+    "i_retrieve_traj": plans.retrieve_traj,
     "j_label_mask": prompts.label_mask,
     "j_prompts": prompts.prompts,
     "k_e2e": whole.whole,

@@ -33,6 +33,8 @@ RUN = (
     "f_panseg_levels4",
     "g_glue_mlp2x_gelu",
     "g_glue_qwen2_5_rms",
+    "h_planning_metric",
+    "i_retrieve_traj",
     "j_label_mask",
     "j_prompts",
     "k_e2e",

@@ -37,8 +37,8 @@ class RayCluster:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         self._job = job
         # Failed attempts are counted by the schedule, which knows a user's mistake from a crash.
-        self._remote = ray.remote(
-            num_cpus=resources.cpus, num_gpus=resources.gpus or None, max_retries=0
+        self._remote: Any = ray.remote(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0
         )(do_job)
         total = ray.cluster_resources()
         places = total.get("CPU", 0) // resources.cpus
