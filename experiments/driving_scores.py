@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.agents import OCCUPANCY_GRID, VEHICLES
 from datamodules.map_raster import drivable_area
+from datamodules.occupancy import OCCUPANCY_GRID, VEHICLES
 from experiments.planning_scores import PlanSet
 from experiments.planning_truth import CHUNK, PlanningTruth
 from experiments.report import ResultTable

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.agents import VEHICLES
 from datamodules.ego_state import UNIAD_PLAN_POINT_M
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataModule
+from datamodules.occupancy import VEHICLES, metric_orientation
 from datamodules.road_users import RoadUsers, road_users
 from odvla.errors import UserError
 from odvla.metrics.collisions import Traffic, collisions
@@ -146,7 +146,7 @@ class PlanningTruth:
             cells = self.data.occupancy(token, pedestrians=pedestrians).numpy()
             if rasters is None:
                 rasters = np.empty((len(tokens), *cells.shape), dtype=bool)
-            rasters[row] = cells[..., ::-1]  # columns along +x -> columns to the left
+            rasters[row] = metric_orientation(cells)
         return torch.from_numpy(rasters)
 
 

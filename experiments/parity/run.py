@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.parity import (
     clips,
     glue,
+    labels,
     maps,
     planning,
     plans,
@@ -42,6 +43,7 @@ CASES: dict[str, Case] = {
     "j_prompts": prompts.prompts,
     "k_e2e": whole.whole,
     "l_panseg_loss": maps.losses,
+    "m_sdc": labels.planning_labels,
     "n_track_train": clips.training_clip,
 }
 # Cases that compare gradients; all others run without.

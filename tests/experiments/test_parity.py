@@ -40,6 +40,7 @@ RUN = (
     "k_e2e",
     "k_e2e_zeroed",
     "l_panseg_loss",
+    "m_sdc_labels",
     "n_track_train_clip",
 )
 
