@@ -59,7 +59,8 @@ def breaks() -> Sweep:
 
 def slow() -> Sweep:
     """Long enough to be interrupted."""
-    return Sweep("slow", base, (settings("stages.perception.steps", 12, 13),))
+    seeing = replace(base(), run=("perception",))
+    return Sweep("slow", seeing, (settings("stages.perception.steps", 12, 13),))
 '''
 
 
