@@ -239,11 +239,19 @@ def ways(
     return [way for way in known if way.name in names]
 
 
-def measure(found: list[Way], asked: Sequence[Asked], batch: int, runs: int, device: str) -> None:
-    """Let all ways take turns on the same prompts."""
+def measure(
+    found: list[Way],
+    asked: Sequence[Asked],
+    batch: int,
+    runs: int,
+    device: str,
+    say: Callable[[str], Any] = lambda line: None,
+) -> None:
+    """Let all ways take turns on the same prompts; `say` is told what is on."""
     for run in range(-1, runs):  # the first, which warms up, does not count
         rows = [(max(run, 0) * batch + k) % len(asked) for k in range(batch)]
         for way in found:
+            say(f"batch {batch}, run {run + 1} of {runs}: {way.name}")
             _wait(device)
             start = time.perf_counter()
             ids, passes = way.write(rows)
@@ -411,7 +419,8 @@ def main() -> None:
     for number, batch in enumerate(options.batch):
         found = ways(language, tokenizer, asked, prefix, drafting, ("hf", *options.ways))
         runs = options.runs[min(number, len(options.runs) - 1)]
-        measure(found, asked, batch, runs, options.device)
+        with out.status("") as status:
+            measure(found, asked, batch, runs, options.device, status.update)
         base = base or batch / float(np.percentile(found[0].seconds, 50))
         report(found, asked, batch, base, out)
         known = len(prefix) if found[-1].name.startswith("+") else 0

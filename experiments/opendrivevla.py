@@ -22,13 +22,16 @@ from experiments.schema import (
     TokenizerConfig,
     TrainerConfig,
 )
+from odvla.augmentation import AugmentationConfig
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.encoders.resnet import ResNetConfig
 from odvla.freezing import FreezePlan
 from odvla.language.causal_lm import LoraConfig, qwen2_5
 from odvla.language.prompts import Dialect
+from odvla.losses.clip import ClipLossConfig
+from odvla.losses.panoptic_map import PanopticMapLossConfig
 from odvla.projectors import ProjectorConfig
-from odvla.queries.map import MapQueriesConfig
+from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.vla import VLAConfig
@@ -69,9 +72,7 @@ def opendrivevla_0_5b() -> ExperimentConfig:
             queries=(
                 SceneSamplerConfig(rows=3, columns=5),  # 90 tokens of six cameras
                 TrackFormerConfig(),
-                MapQueriesConfig(
-                    queries=300, max_tokens=101, layers=6, heads=8, mask_in_token=False
-                ),
+                PanopticMapConfig(),
             ),
             projector=ProjectorConfig("mlp2x_gelu"),
             language=qwen2_5("0.5B"),
@@ -80,7 +81,14 @@ def opendrivevla_0_5b() -> ExperimentConfig:
         tokenizer=TokenizerConfig(pretrained="Qwen/Qwen2.5-0.5B-Instruct"),
         dialect=Dialect("odvla"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, epochs=6.0, gradient_clip=35.0),
+            # UniAD's losses; the history of a clip is cut from the graph.
+            perception=PerceptionStageConfig(
+                optimiser=SEE,
+                epochs=6.0,
+                gradient_clip=35.0,
+                losses=ClipLossConfig(map=PanopticMapLossConfig()),
+                augmentation=AugmentationConfig(),
+            ),
             alignment=AlignmentStageConfig(optimiser=ALIGN, **ONCE),
             instruction=InstructionStageConfig(optimiser=SPEAK, **ONCE),
             interaction=InteractionStageConfig(optimiser=SPEAK, **ONCE),

@@ -10,6 +10,7 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Float64, jaxtyped
 from torch import Tensor
 
+from odvla.errors import UserError
 from odvla.types import BevGrid, Cameras, Frames, LidarPoints, SceneFeatures, TensorFields
 
 
@@ -48,6 +49,27 @@ class Encoder(Protocol):
             Features of B scenes and the state for the next key-frame (None: no memory).
         """
         ...
+
+
+def require_images(images: Tensor, cameras: int, least: int) -> None:
+    """Refuse what an encoder cannot take, before its layers fail with a sentence of torch's.
+
+    Args:
+        images: [B, N, 3, h, w].
+        cameras: the encoder was built for.
+        least: height and width in pixels; the coarsest map has a pixel then.
+
+    Raises:
+        UserError: another number of cameras, or smaller images.
+    """
+    number, _, height, width = images.shape[1:]
+    if number != cameras:
+        raise UserError(f"the encoder was built for {cameras} cameras, not {number}")
+    if min(height, width) < least:
+        raise UserError(
+            f"images of {width}x{height} pixels (width x height) are too small for the encoder, "
+            f"whose coarsest features stand {least} pixels apart; see data.image_size"
+        )
 
 
 def fake_frames(

@@ -183,8 +183,9 @@ class _Decoder:
         self.runs = self.tokens_read = 0
         start = FREE if self.grammar is None else self.grammar.start
         self.rows = [_Row([end_id], [start], max_new_tokens, end_id) for _ in self.lengths]
-        longest = self.embeds.shape[1] + max_new_tokens
-        capacity = longest + max(self._most(), max_new_tokens) + ROUND
+        # The last row that runs has all the nodes, and writes them behind its last token at worst.
+        nodes = max(LEAST_NODES, drafting.tokens_per_run if drafts else 1, max_new_tokens)
+        capacity = self.embeds.shape[1] + max_new_tokens + nodes + ROUND
         self.cache = RowCache(language.model.config.num_hidden_layers, capacity)
 
     def run(self, prefix: Sequence[int]) -> Decoded:

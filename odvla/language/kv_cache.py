@@ -69,13 +69,14 @@ class RowCache(Cache):
         if self.block is None:
             G, K, _, E = key_states.shape
             # Zeros: what no one sees is weighted by nought, which would not help against NaN.
+            # In mixed precision keys come in fp32 and values in bf16; both are kept as keys are.
             self.block = key_states.new_zeros(self.layer_count, 2, G, K, self.capacity, E)
         for part, states in zip(self.block[layer_idx], (key_states, value_states), strict=True):
             if isinstance(self._slots, int):
                 part[:, :, self._slots : self._slots + states.shape[2]] = states
             else:
                 rows = torch.arange(len(part), device=part.device)[:, None]
-                part[rows, :, self._slots] = states.transpose(1, 2)
+                part[rows, :, self._slots] = states.transpose(1, 2).to(part.dtype)
         keys, values = self.block[layer_idx, :, :, :, : self._used]
         return keys, values
 

@@ -21,11 +21,15 @@ def map_cells(predicted: MapPredictions, target: MapTargets) -> tuple[Tensor, Te
     An element counts for the class that its query finds most likely, where that is not "no
     object"; a cell is covered where the mask's probability exceeds one half.
     """
-    said = predicted.layer_logits[-1].argmax(-1)  # [B, Q]
-    covered = predicted.layer_masks[-1] > 0  # [B, Q, H, W]
-    masks = [
-        ((said == number)[..., None, None] & covered).any(1) for number in range(len(MAP_CLASSES))
-    ]
+    if predicted.lanes is not None:  # a panoptic head has merged its elements already
+        masks = list(predicted.lanes[:, : len(MAP_CLASSES)].unbind(1))
+    else:
+        said = predicted.layer_logits[-1].argmax(-1)  # [B, Q]
+        covered = predicted.layer_masks[-1] > 0  # [B, Q, H, W]
+        masks = [
+            ((said == number)[..., None, None] & covered).any(1)
+            for number in range(len(MAP_CLASSES))
+        ]
     masks.append(predicted.drivable > 0)
     true = [
         (((target.labels == number) & target.mask)[..., None, None] & target.masks).any(1)

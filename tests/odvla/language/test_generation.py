@@ -261,6 +261,44 @@ def test_a_guess_that_is_right_costs_hardly_a_run(exact):
     assert found.runs < 0.3 * alone.runs
 
 
+def test_the_last_row_that_runs_has_room_for_all_guesses(exact):
+    grammar = plan_grammar(TOKENIZER)
+    slow = [written_slowly(exact, exact_prompts(exact, (row,)), grammar, 120) for row in (0, 1)]
+    limit = max(map(len, slow)) - 1  # one ends before it, the other is cut
+    found = decode(
+        exact,
+        exact_prompts(exact, (0, 1)),
+        TOKENIZER.end_id,
+        max_new_tokens=limit,
+        grammar=grammar,
+        drafts=drafts_of(grammar, PlanForm(), 2),
+        drafting=Drafting(tokens_per_run=900),
+    )
+    assert found.ids == [ids[:limit] for ids in slow]
+
+
+def test_mixed_precision_writes_plans_with_a_prefix_and_drafts(language, monkeypatch):
+    monkeypatch.setattr(generation, "SHORTEST_PREFIX", 2)
+    grammar = plan_grammar(TOKENIZER)
+    ids = [4, 8]
+    given = prompts(language, (1,))
+    embeds = torch.cat([language.embed(torch.tensor([ids])).detach(), given.embeds], dim=1)
+    places = torch.arange(embeds.shape[1])[None]
+    prompt = Spliced(embeds, places >= 0, places, places)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = decode(
+                language,
+                prompt,
+                TOKENIZER.end_id,
+                max_new_tokens=120,
+                grammar=grammar,
+                drafts=drafts_of(grammar, PlanForm(), 1),
+                prefix=ids,
+            )
+        assert isinstance(parse_waypoints(TOKENIZER.decode(found.ids[0])), Waypoints)
+
+
 def test_a_prefix_is_read_once_and_changes_nothing(exact, monkeypatch):
     language = copy.deepcopy(exact)
     monkeypatch.setattr(generation, "SHORTEST_PREFIX", 3)

@@ -161,6 +161,7 @@ def test_order_and_repetition_of_samples_change_nothing():
         parts.compute()
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_what_cannot_be_scored_is_named():
     mask = torch.ones(2, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"predicted must be \[samples, 6, 2\], got \[2, 5, 2\]"):
