@@ -1,7 +1,7 @@
 """Where the other road users of a key-frame will be: boxes, not cells.
 
 Collisions of turned boxes, time to collision and who is at fault need to know what was hit; the
-rasters of agents.occupancy do not.
+rasters of occupancy.py do not.
 
 Shape legend: T steps 0.5 s apart, the first one t0 itself; A boxes of a step, padded.
 """

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import shapely
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from datamodules.occupancy import (
     metric_orientation,
     occupancy,
 )
+from odvla.metrics.collisions import box_hits
 from odvla.types import DETECTION_CLASSES, BevGrid
 
 GRID = BevGrid(-6.0, -5.0, 0.5, 20, 24)
@@ -97,26 +99,26 @@ def test_orientation_of_the_metric():
     assert -49.75 + 0.5 * column == pytest.approx(-20.25, abs=0.01)
 
 
-def test_the_metrics_cells_of_the_ego_box(shared):
-    """The recorded metric's own box of the car, drawn by us: the same cells, the same way round."""
-    from odvla.metrics.planning import box_collisions
-
+def test_the_metric_hits_what_stands_there(shared):
+    """The metric's own box of the car on recorded paths: cells of that box are hit, others not."""
     arrays = np.load(shared / "golden" / "h_planning_metric.npz")
-    plans = arrays["gt"].astype(float)
+    plans = torch.from_numpy(arrays["gt"]).float()
     size = (1.85, 4.084)
-    for sample in range(0, len(plans), 9):
-        for step in range(6):
-            x, y = plans[sample, step]
-            if abs(x) > 40 or abs(y) > 40:
-                continue
-            box = _boxes([(x, y + 0.5, *size, math.pi / 2)])
-            cells = metric_orientation(occupancy([box] * 6, fill="exact"))
-            hit = box_collisions(plans[sample : sample + 1], cells[None])
-            assert hit[0, step]
-            away = metric_orientation(occupancy([_boxes([(x + 4, y, *size, 1.57)])] * 6))
-            assert not box_collisions(
-                plans[sample : sample + 1, step : step + 1].repeat(6, 1), away[None]
-            ).any()
+
+    def hit(plan, box):
+        cells = metric_orientation(occupancy([_boxes([box])], fill="exact"))
+        raster = torch.from_numpy(cells.copy())[None]
+        return bool(box_hits(plan.reshape(1, 1, 2), raster)[0, 0])
+
+    compared = 0
+    for plan in plans[::9].reshape(-1, 2):
+        x, y = plan.tolist()
+        if max(abs(x), abs(y)) < 40:
+            compared += 1
+            assert hit(plan, (x, y + 0.5, *size, math.pi / 2))
+            assert not hit(plan, (x + 4, y + 0.5, *size, math.pi / 2))
+            assert not hit(plan, (x, y + 6.5, *size, math.pi / 2))
+    assert compared > 10
 
 
 def test_rasters_are_kept_and_forgotten(circle_root):
