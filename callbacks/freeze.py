@@ -37,7 +37,7 @@ class FreezeByName(Callback):
         if stage != "fit":
             return
         chosen = self.plan.apply(self.model)
-        self.before = self._hashes()
+        self.before = self._hashes(self.model)
         counts: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
             if name in chosen:
@@ -50,17 +50,20 @@ class FreezeByName(Callback):
         """Frozen modules stay in eval mode."""
         set_modes(self.model)
 
-    def compare(self) -> None:
+    def compare(self, model: nn.Module | None = None) -> None:
         """Take the hashes again; called when the fit is over (also one that had nothing to do).
+
+        Args:
+            model: holds what the fit made of the model; None: that is the model itself.
 
         Raises:
             RuntimeError: something frozen has changed; it names the tensor.
         """
-        self.after = self._hashes()
+        self.after = self._hashes(model or self.model)
         changed = [name for name in self.before if self.after[name] != self.before[name]]
         if changed:
             raise RuntimeError(f"{changed[0]!r} is frozen but has changed ({len(changed)} in all)")
 
-    def _hashes(self) -> dict[str, str]:
-        tensors = self.model.state_dict()
+    def _hashes(self, model: nn.Module) -> dict[str, str]:
+        tensors = model.state_dict()
         return {name: tensor_sha256(tensors[name]) for name in frozen_tensors(self.model)}

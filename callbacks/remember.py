@@ -13,6 +13,7 @@ from rich.progress import track
 from odvla.errors import UserError
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
 from odvla.types import Batch
+from odvla.vla import DrivingVLA
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,22 @@ class RememberTokens(Callback):
         stage: name used in messages.
         memories: by hash of the vision half; what is missing is added, so that stages share it.
         progress: show a bar.
+        whole: a model with the same weights that is not sharded over processes; None: the stage's
+            own is not.
     """
 
-    def __init__(self, stage: str, memories: dict[str, TokenMemory], *, progress: bool) -> None:
+    def __init__(
+        self,
+        stage: str,
+        memories: dict[str, TokenMemory],
+        *,
+        progress: bool,
+        whole: DrivingVLA | None = None,
+    ) -> None:
         self.stage = stage
         self.memories = memories
         self.progress = progress
+        self.whole = whole
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Fill the memory, or take the one that is there.
@@ -45,14 +56,21 @@ class RememberTokens(Callback):
                 f"stages.{self.stage}.remember_tokens needs frozen encoder and queries, but its "
                 "freeze plan trains some of them"
             )
-        key = vision_sha256(pl_module.vla)
+        vla = pl_module.vla
+        if self.whole is not None:
+            vla = self.whole.eval().to(pl_module.device)
+        key = vision_sha256(vla)
         if key not in self.memories:
             self.memories.clear()  # of weights that are gone
-            self.memories[key] = self._look(trainer, pl_module)
+            self.memories[key] = self._look(trainer, vla, pl_module.device)
+        if self.whole is not None:
+            self.whole.to("cpu")
         pl_module.memory = self.memories[key]
 
     @torch.no_grad()
-    def _look(self, trainer: lightning.Trainer, pl_module: Any) -> TokenMemory:
+    def _look(
+        self, trainer: lightning.Trainer, vla: DrivingVLA, device: torch.device
+    ) -> TokenMemory:
         memory = TokenMemory()
         data = trainer.datamodule  # type: ignore[attr-defined]
         for split in ("train", "val"):
@@ -60,8 +78,8 @@ class RememberTokens(Callback):
             loader = data.stream(split, talk=False, everything=True)
             title = f"looking at the {split} scenes"
             for batch in track(loader, title, transient=True, disable=not self.progress):
-                moved: Batch = batch.to(pl_module.device)
-                seen, state = pl_module.vla.perceive(moved.clip, state)
+                moved: Batch = batch.to(device)
+                seen, state = vla.perceive(moved.clip, state)
                 memory.keep(moved.valid_rows(), seen)
         log.info("stage %s: the vision half saw %d key-frames", self.stage, len(memory))
         return memory

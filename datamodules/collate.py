@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from odvla.language.dialect_file import PLAIN, TrainingStream
 from odvla.rows import join_rows
 from odvla.types import (
     AgentTargets,
@@ -30,7 +31,12 @@ _T = TypeVar("_T")
 class Tokenises(Protocol):
     """The part of odvla.language's ChatTokenizer that batches need."""
 
-    def tokenise(self, conversations: Sequence[Conversation], frame_index: Sequence[int]) -> Talk:
+    def tokenise(
+        self,
+        conversations: Sequence[Conversation],
+        frame_index: Sequence[int],
+        stream: TrainingStream = PLAIN,
+    ) -> Talk:
         """Pad conversations to one tensor; frame_index says which row each one is about."""
 
 
@@ -63,9 +69,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Collate:
-    """Callable for a DataLoader; without a tokenizer the batch has no talk."""
+    """Callable for a DataLoader; without a tokenizer the batch has no talk.
+
+    `stream` is how conversations are cut up: what is not trained on is PLAIN.
+    """
 
     tokenizer: Tokenises | None = None
+    stream: TrainingStream = PLAIN
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Join samples; all must have clips of one length and the same kinds of targets."""
@@ -87,7 +97,7 @@ class Collate:
         if self.tokenizer is None or not rows:
             return None
         conversations = [c for sample in samples for c in sample.conversations]
-        return self.tokenizer.tokenise(conversations, rows)
+        return self.tokenizer.tokenise(conversations, rows, self.stream)
 
 
 def _join_steps(rows: Sequence[tuple[_T, ...]]) -> tuple[_T, ...]:

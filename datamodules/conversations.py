@@ -78,6 +78,7 @@ class LanguageDataModule(NuScenesDataModule):
     ) -> None:
         super().__init__(config, tokenizer)
         self.dialect = dialect or Dialect()
+        self.training = self.dialect.training
 
     def make_source(self, split: str) -> ConversationSource:
         """Read the conversations of "train" or "val".

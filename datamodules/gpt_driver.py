@@ -23,7 +23,6 @@ from datamodules.language_files import read_json, warn_unused
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
-from odvla.language.waypoints import format_waypoints
 from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
 
 FIELDS = {
@@ -175,7 +174,7 @@ class Plans(FrameRecords[Driven]):
         if self.ego_from_cache:
             ego = record.ego()
         form = self.dialect.plan_form
-        answer = format_waypoints(record.waypoints, form, ego.last_step[0])
+        answer = self.dialect.plan_answer(record.waypoints, ego.last_step[0])
         return Conversation(
             id=f"{frame.token}_trajectory",
             sample_token=frame.token,

@@ -12,13 +12,15 @@ import hashlib
 import json
 import logging
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.schema import STAGES
-from odvla.config import flat
+from experiments.schema import STAGES, ExperimentConfig
+from odvla.config import flat, to_tree
 from odvla.errors import UserError
+from odvla.language.prompts import Dialect
 from odvla.weights import file_sha256, load_weights, write_atomically
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,12 @@ class Card:
     frozen_before: dict[str, str]  # SHA-256 of every frozen parameter and buffer
     frozen_after: dict[str, str]
     metrics: dict[str, float]
+    # Dialect.identity() of the prompts that the weights have learned from; None: from none.
+    dialect: dict[str, Any] | None = None
+    # Weights of other projects that a first stage started from: what stands for their content, and
+    # path, hashes and tensors of each component.
+    init_identity: str | None = None
+    init: dict[str, Any] | None = None
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -117,21 +125,53 @@ def check_files(folder: Path, card: Card) -> None:
             )
 
 
-def load_handoff(folder: Path, stage: str, vla: Any, model_tree: dict[str, Any]) -> Card:
+def check_dialect(folder: Path, card: Card, config: ExperimentConfig) -> None:
+    """Refuse weights that speak another dialect than the experiment.
+
+    Raises:
+        UserError: naming both; not where the experiment forces its own.
+    """
+    if card.dialect is None:
+        return
+    try:
+        config.dialect.check_same(card.dialect, f"the handoff {folder}")
+    except UserError as error:
+        if not config.force_dialect:
+            raise
+        log.warning("forced: %s", error)
+
+
+def learned_dialect(
+    trained: Iterable[str], dialect: Dialect, parent: Card | None
+) -> dict[str, Any] | None:
+    """The dialect of a stage's weights: its own if it trained what reads prompts, or its parent's.
+
+    Args:
+        trained: components that the stage trained.
+        dialect: of the experiment.
+        parent: card of what the stage started from.
+    """
+    if {"projectors", "language"} & set(trained):
+        return dialect.identity()
+    return parent.dialect if parent is not None else None
+
+
+def load_handoff(folder: Path, stage: str, vla: Any, config: ExperimentConfig) -> Card:
     """Fill the model with the weights that `stage` starts from.
 
     Args:
         folder: a finished stage.
         stage: the one that continues.
         vla: the model.
-        model_tree: its config; settings that differ from the handoff's are logged.
+        config: the experiment; settings of the model that differ from the handoff's are logged.
 
     Raises:
-        UserError: see check_handoff; or the weights do not fit the model.
+        UserError: see check_handoff and check_dialect; or the weights do not fit the model.
     """
     card = check_handoff(folder, stage)
+    check_dialect(folder, card, config)
     load_weights(vla, folder / WEIGHTS)
-    before, now = flat(card.config.get("model", {})), flat(model_tree)
+    before, now = flat(card.config.get("model", {})), flat(to_tree(config.model))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         log.warning(
@@ -158,6 +198,12 @@ def _git(*arguments: str, folder: Path) -> str:
         ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+def fingerprint_of(config: ExperimentConfig) -> str:
+    """Identity of the data of an experiment whose data root is settled."""
+    language = Path(config.data.language_root) if config.data.language_root else None
+    return data_fingerprint(config.data.folder, config.data.version, language)
 
 
 def data_fingerprint(root: Path, version: str, language: Path | None = None) -> str:

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from datamodules.conversations import LanguageDataModule
-from experiments.handoff import CARD, TOKENIZER, WEIGHTS, check_files, read_card
+from experiments.handoff import (
+    CARD,
+    TOKENIZER,
+    WEIGHTS,
+    check_dialect,
+    check_files,
+    read_card,
+)
 from experiments.pictures import draw_scene, save_picture
 from experiments.prepare import build_model, data_module
 from experiments.sample_pictures import MIN_SCORE, full_size_frame, scene_picture
@@ -72,7 +79,9 @@ def predict(
         UserError: nothing is trained yet, the handoff is damaged, or there is no such sample.
     """
     stage, folder = _last_stage(config, run)
-    check_files(folder, read_card(folder))
+    card = read_card(folder)
+    check_files(folder, card)
+    check_dialect(folder, card, config)
     tokenizer = ChatTokenizer.load(folder / TOKENIZER)
     data = data_module(config, "planning", tokenizer)
     assert isinstance(data, LanguageDataModule)

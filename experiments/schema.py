@@ -28,6 +28,7 @@ from stages.planning import PlanningStageConfig
 
 # In the order they are run in; each starts from what the one before it hands over.
 STAGES = ("language", "perception", "alignment", "instruction", "interaction", "planning")
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_2", "deepspeed_3"]
 # Settings that say how a result is computed, not what it is: changing one retrains nothing.
 SPEED_SETTINGS = ("num_workers", "cache_images", "cache_limit_gb", "checkpoint_every", "val_every")
 
@@ -38,7 +39,9 @@ class TokenizerConfig:
 
     vocab_size: int = 1024
     max_texts: int = 100_000  # of each data set; a vocabulary is settled long before
-    pretrained: str | None = None  # folder with a tokenizer.json
+    pretrained: str | None = None  # folder with a tokenizer.json, or a hub id
+    # Give every tag a token of its own; False: spell out those that a pretrained tokenizer lacks.
+    add_tags: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class DataConfig:
     root: str = ""  # "": the folder named by ODVLA_DATA, or ./data
     version: str = "v1.0-mini"
     image_size: tuple[int, int] = (320, 180)
+    crop_top: int = 0
+    pad_multiple: int = 1
+    broken_images: int = 0
     language_root: str = ""  # "": <root>/language
     num_workers: int = 0
     cache_images: bool = False
@@ -145,6 +151,8 @@ class TrainerConfig:
 
     accelerator: str = "auto"  # cpu | gpu | auto
     devices: int = 1
+    # How several devices share the work, see strategies.py; auto: ddp.
+    strategy: Strategy = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     gradient_checkpointing: bool = False  # of the language model: slower, less memory
     log_every: int = 10  # steps
@@ -159,6 +167,36 @@ class TrainerConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
 
+    @property
+    def sharing(self) -> Strategy:
+        """The strategy, settled: one device shares with nobody, several do by ddp."""
+        if self.devices == 1:
+            return "auto"
+        return "ddp" if self.strategy == "auto" else self.strategy
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights that the first stage starts from; what they do not fill stays random."""
+
+    weights: str = ""  # what `weights convert` made, or any file of our names; "": none
+    # Parts to load, each of them whole: encoder, queries, projectors, language, or one of several,
+    # e.g. queries.track; (): all that the file holds.
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the parts.
+
+        Raises:
+            UserError: naming the one that does not exist.
+        """
+        for part in self.parts:
+            if part.split(".")[0] not in ("encoder", "queries", "projectors", "language"):
+                raise UserError(
+                    f"init.parts must be some of encoder, queries, projectors, language, not "
+                    f"{part!r}"
+                )
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -169,6 +207,8 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dialect: Dialect = field(default_factory=Dialect)
+    force_dialect: bool = False  # take weights that were trained on other prompts all the same
+    init: InitConfig = field(default_factory=InitConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     run: tuple[str, ...] = STAGES[1:]
     town: TownSettings | None = None  # made when the data root holds no data
@@ -214,6 +254,7 @@ class ExperimentConfig:
             "model": self.model,
             "tokenizer": self.tokenizer,
             "dialect": self.dialect,
+            "dialect_sha256": self.dialect.wording.sha256,
             "stage": self.stages.of(stage),
             "data": getattr(self.data, stage),
             "common": common,

@@ -7,19 +7,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.freeze import FreezeByName
@@ -35,13 +36,17 @@ from experiments.handoff import (
     WEIGHTS,
     Card,
     card_sha256,
+    check_dialect,
     check_files,
     git_commit,
+    learned_dialect,
     load_handoff,
     read_card,
 )
+from experiments.initial_weights import Initial, identity, load_initial
 from experiments.prepare import data_module
 from experiments.schema import ExperimentConfig
+from experiments.strategies import evaluation_strategy, is_sharded, strategy_of
 from experiments.tracking import Tracker
 from odvla.config import flat, to_tree
 from odvla.language.tokenizer import ChatTokenizer
@@ -50,6 +55,7 @@ from odvla.vla import DrivingVLA
 from odvla.weights import file_sha256, load_weights, save_weights, write_atomically
 from stages.base import StageModule
 from stages.optimisation import trained_counts
+from stages.sharding import gather_into
 
 log = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
@@ -69,6 +75,7 @@ class Workshop:
     tracker: Tracker
     progress: bool
     memories: dict[str, TokenMemory] = field(default_factory=dict)
+    callbacks: tuple[Callback, ...] = ()  # more of them, in training
 
 
 def is_first_process() -> bool:
@@ -100,11 +107,16 @@ class StageRun:
         self.parent = parent
         self.folder = shop.folder / stage
         self.settings = shop.config.stages.of(stage)
-        # A finished stage stands as long as these are the same.
-        self.key: dict[str, Any] = {
-            "stage_hash": shop.config.stage_hash(stage),
-            "data_fingerprint": shop.fingerprint,
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """A finished stage stands as long as these are the same."""
+        config, parent = self.shop.config, self.parent
+        return {
+            "stage_hash": config.stage_hash(self.stage),
+            "data_fingerprint": self.shop.fingerprint,
             "parent_card_sha256": card_sha256(parent) if parent is not None else None,
+            "init_identity": identity(config.init) if parent is None else None,
         }
 
     def is_finished(self) -> bool:
@@ -124,21 +136,32 @@ class StageRun:
         started = time.monotonic()
         shop, config = self.shop, self.shop.config
         resume = self._open()
-        if self.parent is not None:  # otherwise the model has its first weights still
-            load_handoff(self.parent, self.stage, shop.vla, to_tree(config.model))
+        parent: Card | None = None
+        initial: Initial | None = None
+        if self.parent is None:  # the model has its first weights still
+            initial = load_initial(shop.vla, config)
+        else:  # whatever init names: trained weights are never overwritten with it
+            parent = load_handoff(self.parent, self.stage, shop.vla, config)
         data = data_module(config, self.stage, shop.tokenizer)
-        module = self._module(self._total_steps(data))
+        sharded = is_sharded(config.trainer)
+        vla = copy.deepcopy(shop.vla) if sharded else shop.vla
+        module = self._module(vla, self._total_steps(data))
         logger = shop.tracker.stage(self.stage, resume, self._params(), self._tags())
-        freeze = FreezeByName(shop.vla, self.settings.freeze)
+        freeze = FreezeByName(vla, self.settings.freeze)
         callbacks: list[Callback] = [
             freeze,
             NonFiniteLossGuard(self.stage),
             ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
+            *shop.callbacks,
         ]
         if getattr(self.settings, "remember_tokens", False):
-            callbacks.append(RememberTokens(self.stage, shop.memories, progress=shop.progress))
+            whole = shop.vla if sharded else None
+            callbacks.append(
+                RememberTokens(self.stage, shop.memories, progress=shop.progress, whole=whole)
+            )
         trainer = self._trainer(
             callbacks,
+            strategy_of(config.trainer),
             logger=logger,
             max_steps=module.total_steps,
             max_epochs=-1,
@@ -151,20 +174,24 @@ class StageRun:
         log.info("stage %s: %d steps", self.stage, module.total_steps)
         try:
             trainer.fit(module, data, ckpt_path=self.folder / LAST if resume else None)
-            freeze.compare()
+            if sharded:
+                gather_into(shop.vla, vla)
+            freeze.compare(shop.vla)
             weights = save_weights(shop.vla, self.folder / WEIGHTS) if is_first_process() else ""
             metrics = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
                 if name == "train/loss"
             }
-            metrics |= self.evaluate(module, data, logger)
+            done = self._module(shop.vla, 1) if sharded else module
+            metrics |= self.evaluate(done, data, logger)
         except BaseException as error:
             logger.flush()
             shop.tracker.close(self.stage, error)
             raise
         if is_first_process():
             shop.tokenizer.save(self.folder / TOKENIZER)
+            trained = trained_counts(vla.named_parameters())
             card = Card(
                 experiment=config.name,
                 stage=self.stage,
@@ -173,11 +200,14 @@ class StageRun:
                 git_commit=git_commit(),
                 weights_sha256=weights,
                 tokenizer_sha256=file_sha256(self.folder / TOKENIZER / "tokenizer.json"),
-                parent_stage=read_card(self.parent).stage if self.parent else None,
+                parent_stage=parent.stage if parent else None,
                 seed=config.seed,
                 steps=trainer.global_step,
                 seconds=round(time.monotonic() - started, 1),
-                trained=trained_counts(shop.vla.named_parameters()),
+                trained=trained,
+                dialect=learned_dialect(trained, config.dialect, parent)
+                or (initial.dialect if initial else None),
+                init=initial.record if initial else None,
                 frozen_before=freeze.before,
                 frozen_after=freeze.after,
                 metrics=metrics,
@@ -194,17 +224,20 @@ class StageRun:
         Raises:
             UserError: the handoff is missing or damaged.
         """
-        check_files(self.folder, read_card(self.folder))
+        card = read_card(self.folder)
+        check_files(self.folder, card)
+        check_dialect(self.folder, card, self.shop.config)
         load_weights(self.shop.vla, self.folder / WEIGHTS)
         data = data_module(self.shop.config, self.stage, self.shop.tokenizer)
-        self.evaluate(self._module(1), data, False)
+        self.evaluate(self._module(self.shop.vla, 1), data, False)
 
     def evaluate(
         self, module: StageModule, data: NuScenesDataModule, logger: Any
     ) -> dict[str, float]:
         """Loss and predictions on the val split."""
         predictions = WritePredictions(self.folder / PREDICTIONS)
-        trainer = self._trainer([predictions], logger=logger)
+        strategy = evaluation_strategy(self.shop.config.trainer)
+        trainer = self._trainer([predictions], strategy, logger=logger)
         metrics: dict[str, float] = {}
         for found in (
             *trainer.validate(module, data, verbose=False),
@@ -230,8 +263,8 @@ class StageRun:
         batches = len(data.train_dataloader())
         return self.settings.total_steps(math.ceil(batches / self.shop.config.trainer.devices))
 
-    def _module(self, total_steps: int) -> StageModule:
-        return self.settings.build(self.shop.vla, total_steps, self.shop.config.seed)
+    def _module(self, vla: DrivingVLA, total_steps: int) -> StageModule:
+        return self.settings.build(vla, total_steps, self.shop.config.seed)
 
     def _params(self) -> dict[str, Any]:
         return flat(self.shop.config.stage_tree(self.stage))
@@ -245,15 +278,12 @@ class StageRun:
             "stage_hash": self.key["stage_hash"],
         }
 
-    def _trainer(self, callbacks: list[Callback], *, logger: Any, **more: Any) -> lightning.Trainer:
+    def _trainer(
+        self, callbacks: list[Callback], strategy: Any, *, logger: Any, **more: Any
+    ) -> lightning.Trainer:
         settings = self.shop.config.trainer
         if self.shop.progress:
             callbacks = [*callbacks, StageProgress(self.stage)]
-        strategy: Any = "auto"
-        if settings.devices > 1:
-            # Which parameters a batch uses depends on its texts: one without <MAP> leaves the map
-            # projector without a gradient.
-            strategy = DDPStrategy(find_unused_parameters=True)
         return lightning.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,

@@ -30,7 +30,7 @@ AGENTS = 4  # annotated agents of a fake frame
 
 def fake_tokenizer(dialect: Dialect | None = None, vocab_size: int = 400) -> ChatTokenizer:
     """A tokenizer trained on the fake conversations of a dialect."""
-    conversations = fake_conversations(_fake_plan(4, 0), _fake_ego(4, 0), ("plan", "qa"), dialect)
+    conversations = fake_conversations(fake_plan(4, 0), fake_ego(4, 0), ("plan", "qa"), dialect)
     return train_tokenizer((t.text for c in conversations for t in c.turns), vocab_size)
 
 
@@ -59,7 +59,7 @@ def fake_batch(
     """
     generator = torch.Generator().manual_seed(seed)
     agents = [_fake_agents(rows, generator) for _ in range(steps)]
-    plan, ego = _fake_plan(rows, seed), _fake_ego(rows, seed)
+    plan, ego = fake_plan(rows, seed), fake_ego(rows, seed)
     talk = None
     if tokenizer is not None:
         boxes = agents[-1].boxes[:, 0]
@@ -113,14 +113,16 @@ def fake_conversations(
     return conversations
 
 
-def _fake_plan(rows: int, seed: int) -> PlanTargets:
+def fake_plan(rows: int, seed: int) -> PlanTargets:
+    """Plans of cars that drive on, more or less."""
     generator = torch.Generator().manual_seed(seed + 1)
     steps = torch.randn(rows, WAYPOINTS, 2, generator=generator) * 0.3
     steps[..., 1] += 3.0
     return PlanTargets(steps.cumsum(1), torch.ones(rows, WAYPOINTS, dtype=torch.bool))
 
 
-def _fake_ego(rows: int, seed: int) -> EgoState:
+def fake_ego(rows: int, seed: int) -> EgoState:
+    """Noise as the state of cars."""
     generator = torch.Generator().manual_seed(seed + 2)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -143,6 +145,9 @@ def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
     boxes[..., :2] = torch.rand(rows, AGENTS, 2, generator=generator) * 40 - 20
     boxes[..., 3:6] = torch.tensor([1.9, 4.5, 1.6])
     shape = (rows, AGENTS)
+    later = torch.Generator().manual_seed(3)
+    ego = torch.zeros(rows, 9)
+    ego[:, 3:7] = torch.tensor([1.73, 4.08, 1.56, torch.pi / 2])
     return AgentTargets(
         boxes=boxes,
         labels=torch.randint(len(DETECTION_CLASSES), shape, generator=generator),
@@ -150,6 +155,9 @@ def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
         mask=torch.ones(shape, dtype=torch.bool),
         future=torch.randn(*shape, WAYPOINTS, 2, generator=generator),
         future_mask=torch.ones(*shape, WAYPOINTS, dtype=torch.bool),
+        past=torch.randn(*shape, 4, 2, generator=later),
+        past_mask=torch.ones(*shape, 4, dtype=torch.bool),
+        ego=ego,
     )
 
 

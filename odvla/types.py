@@ -7,6 +7,7 @@ Shape legend
     L  text tokens (padded)                Q  query slots
     H, W  BEV rows (along y) and columns (along x); h, w  image rows and columns
     C  feature channels                    D  token width
+    P  lidar points (padded)
 
 Frame: nuScenes LIDAR_TOP at t0 unless a name says otherwise (x right, y forward, z up; metres,
 seconds, radians). A box is (x, y, z, width, length, height, yaw, vx, vy): centre, nuScenes' wlh
@@ -105,6 +106,15 @@ class Cameras(TensorFields):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class LidarPoints(TensorFields):
+    """One LIDAR_TOP sweep of B scenes, padded."""
+
+    points: Float[Tensor, "B P 4"]  # x, y, z (metres, lidar frame), intensity 0..255
+    mask: Bool[Tensor, "B P"]  # False: padding
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class Frames(TensorFields):
     """One key-frame of B scenes: all that the car can see at that moment."""
 
@@ -115,6 +125,7 @@ class Frames(TensorFields):
     can_bus: Float[Tensor, "B 18"]  # BEVFormer's vector
     scene_start: Bool[Tensor, " B"]  # True: temporal state of that row must be forgotten
     sample_tokens: tuple[str, ...]
+    lidar: LidarPoints | None = None  # only where an encoder asks for it
 
 
 @jaxtyped(typechecker=beartype)
@@ -164,6 +175,9 @@ class AgentTargets(TensorFields):
     mask: Bool[Tensor, "B A"]  # False: padding
     future: Float[Tensor, "B A 6 2"]  # positions in the agent's own frame (x right, y forward)
     future_mask: Bool[Tensor, "B A 6"]
+    past: Float[Tensor, "B A 4 2"] | None = None  # the same 0.5, 1.0, 1.5, 2.0 s ago
+    past_mask: Bool[Tensor, "B A 4"] | None = None
+    ego: Float[Tensor, "B 9"] | None = None  # the car's own box
 
 
 @jaxtyped(typechecker=beartype)
@@ -198,7 +212,8 @@ class Turn:
 class Conversation:
     """A record of a language dataset, ready to be tokenised.
 
-    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>.
+    `object_box` (BOX_DIM floats, frame of the sample) is set when the text holds <OBJECT>, or
+    `object_track`, the id of a track that the model itself follows.
     `reference` is what metrics compare with; `meta` holds what they group by (template_type, ...).
     """
 
@@ -210,6 +225,7 @@ class Conversation:
     reference: str
     object_box: tuple[float, ...] | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    object_track: int | None = None
 
 
 @jaxtyped(typechecker=beartype)
@@ -226,6 +242,7 @@ class Talk(TensorFields):
     frame_index: Int64[Tensor, " G"]  # row of the Frames this conversation is about
     object_boxes: Float[Tensor, "G 9"]  # NaN where the text has no <OBJECT>
     conversations: tuple[Conversation, ...]
+    object_tracks: Int64[Tensor, " G"] | None = None  # track id of <OBJECT>; -1, None: by its box
 
 
 @dataclass(frozen=True)
@@ -319,12 +336,33 @@ class AgentPredictions(TensorFields):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class MapDecoding(TensorFields):
+    """What a panoptic map head knows before it paints masks: what its losses start from.
+
+    P thing queries, K classes of things, S = H * W cells; one item a decoder layer, the final one
+    last. Boxes are fractions of the grid, (centre x, centre y, width, height).
+    """
+
+    layer_logits: tuple[Float[Tensor, "B P K"], ...]  # one sigmoid a class
+    layer_boxes: tuple[Float[Tensor, "B P 4"], ...]
+    layer_queries: tuple[Float[Tensor, "B P C"], ...]
+    start: Float[Tensor, "B P _R"]  # logits of the boxes (or points) that the last layer moved
+    memory: Float[Tensor, "B S C"]  # encoded cells, row by row
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class MapPredictions(TensorFields):
     """Decoded map elements, one a query, and the drivable area."""
 
     layer_logits: tuple[Float[Tensor, "B Q K"], ...]  # classes of MAP_CLASSES plus "no object" last
     layer_masks: tuple[Float[Tensor, "B Q H W"], ...]  # mask logits
     drivable: Float[Tensor, "B H W"]  # logits
+    # Of a panoptic head, whose Q are (query, class) pairs that it merges to one map; else None.
+    labels: Int64[Tensor, "B Q"] | None = None  # index into MAP_CLASSES
+    kept: Bool[Tensor, "B Q"] | None = None  # True: an element of the merged map
+    lanes: Bool[Tensor, "B L H W"] | None = None  # the merged map: cells of each class
+    decoding: MapDecoding | None = None
 
 
 @jaxtyped(typechecker=beartype)

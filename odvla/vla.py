@@ -22,6 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from odvla.encoders.history import after_history, uniad_history
 from odvla.errors import UserError
 from odvla.language import generation
 from odvla.language.causal_lm import CausalLM, LanguageConfig
@@ -31,10 +32,12 @@ from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import PlanForm
+from odvla.losses.clip import ClipMatcher, History, Lesson
 from odvla.projectors import ProjectorConfig
 from odvla.types import (
     IGNORE_INDEX,
     AgentPredictions,
+    AgentTargets,
     Batch,
     Frames,
     MapPredictions,
@@ -67,6 +70,10 @@ class VLAConfig:
     # language model that nobody has pre-trained takes long to learn what digits mean. Not in the
     # paper.
     ego_token: bool = False
+    # A conversation longer than this many places, or than the language model's context (0), is
+    # refused; cut: its end is lost instead, as in the released code.
+    max_length: int = 0
+    cut_to_length: bool = False
 
     def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
         """The model, for texts of this tokenizer.
@@ -94,6 +101,16 @@ class Perception:
     tokens: dict[str, TokenSet]  # by stream, before projection
     agent_steps: tuple[AgentPredictions, ...]  # one a step of the clip; () without agent queries
     map_predictions: MapPredictions | None
+    lessons: tuple[Lesson, ...] = ()  # one a step, where `Teaching` was given
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The truth about a clip, for agent queries that learn with it (`learn`, see TrackFormer)."""
+
+    agents: tuple[AgentTargets, ...]  # one a step
+    matcher: ClipMatcher
+    history: History = "detached"
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,8 @@ class DrivingVLA(nn.Module):
     """The whole model; see the module's text."""
 
     ego_scales: Tensor
+    # Give parameters that a batch does not use a gradient of zeros (see stages/sharding.py).
+    every_parameter_counts = False
 
     def __init__(self, config: VLAConfig, tokenizer: ChatTokenizer) -> None:
         super().__init__()
@@ -151,7 +170,7 @@ class DrivingVLA(nn.Module):
                 )
             self.queries[module.stream] = module
             widths[module.stream] = module.dim
-        self.language: CausalLM = config.language.build(len(tokenizer))
+        self.language: CausalLM = config.language.build(len(tokenizer), tokenizer.added_ids)
         if config.ego_token:
             widths["ego"] = len(EGO_SCALES)
             self.register_buffer("ego_scales", torch.tensor(EGO_SCALES), persistent=False)
@@ -165,7 +184,12 @@ class DrivingVLA(nn.Module):
     # -- seeing ---------------------------------------------------------------------------------
 
     def perceive(
-        self, clip: tuple[Frames, ...], state: VLAState | None = None, *, blind: bool = False
+        self,
+        clip: tuple[Frames, ...],
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        teaching: Teaching | None = None,
     ) -> tuple[Perception, VLAState]:
         """Look at a clip, oldest frame first.
 
@@ -173,29 +197,56 @@ class DrivingVLA(nn.Module):
             clip: T frames of B scenes, at least one.
             state: what the previous call returned; None at the start.
             blind: show black images, to measure what vision is worth.
+            teaching: let the ground truth decide which tracks live, as in training.
         """
-        encoder_state = state.encoder if state else None
+        return self._perceive(clip, state, blind=blind, teaching=teaching)
+
+    def _perceive(
+        self,
+        clip: tuple[Frames, ...],
+        state: VLAState | None,
+        *,
+        blind: bool,
+        teaching: Teaching | None = None,
+    ) -> tuple[Perception, VLAState]:
+        if blind:
+            clip = tuple(replace(f, images=torch.zeros_like(f.images)) for f in clip)
+        past = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
+        lessons: list[Lesson] = []
         tokens: dict[str, TokenSet] = {}
+        histories = None
+        if teaching is not None and teaching.history == "uniad":
+            histories = uniad_history(self.encoder, clip, past)
         for step, frames in enumerate(clip):
-            if blind:
-                frames = replace(frames, images=torch.zeros_like(frames.images))
-            features, encoder_state = self.encoder(frames, encoder_state)
+            if histories is not None:
+                features, past = self.encoder(after_history(frames), histories[step])
+            else:
+                if teaching is not None and teaching.history == "detached" and past is not None:
+                    past = past.detach()
+                features, past = self.encoder(frames, past)
             now = step == len(clip) - 1
             for stream, module in self.queries.items():
+                before = query_states.get(stream)
+                if stream == "track" and teaching is not None:
+                    learn: Any = module.learn
+                    tokens[stream], query_states[stream], lesson = learn(
+                        features, frames, before, teaching.agents[step], teaching.matcher
+                    )
+                    lessons.append(lesson)
                 # Tracks are carried from frame to frame; other streams matter only now, unless a
                 # module says that it has a memory.
-                if now or getattr(module, "temporal", stream == "track"):
-                    tokens[stream], query_states[stream] = module(
-                        features, frames, query_states.get(stream)
-                    )
+                elif now or getattr(module, "temporal", stream == "track"):
+                    tokens[stream], query_states[stream] = module(features, frames, before)
             if "track" in tokens and isinstance(tokens["track"].predictions, AgentPredictions):
                 agent_steps.append(tokens["track"].predictions)
         map_predictions = tokens["map"].predictions if "map" in tokens else None
         assert not isinstance(map_predictions, AgentPredictions)
-        perception = Perception(features, tokens, tuple(agent_steps), map_predictions)
-        return perception, VLAState(encoder_state, query_states)
+        perception = Perception(
+            features, tokens, tuple(agent_steps), map_predictions, tuple(lessons)
+        )
+        return perception, VLAState(past, query_states)
 
     # -- talking --------------------------------------------------------------------------------
 
@@ -230,6 +281,10 @@ class DrivingVLA(nn.Module):
             talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
         spliced = self._spliced(batch, talk, tokens, kept, perception)
         loss, logits, labels = self.language(spliced)
+        if self.every_parameter_counts:
+            in_layers = {id(p) for p in self.language.layers.parameters()}  # these are always used
+            rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
+            loss = loss + 0.0 * torch.stack([p.sum() for p in rest]).sum()
         return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
 
     @torch.no_grad()
@@ -332,8 +387,8 @@ class DrivingVLA(nn.Module):
                 # History only sets the temporal state; as in BEVFormer, no gradient flows through
                 # it, which halves the work.
                 with torch.no_grad():
-                    _, state = self.perceive(batch.clip[:-1], state, blind=blind)
-            return self.perceive(batch.clip[-1:], state, blind=blind)
+                    _, state = self._perceive(batch.clip[:-1], state, blind=blind)
+            return self._perceive(batch.clip[-1:], state, blind=blind)
         if batch.talk is not None:
             slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
             if len(slots):
@@ -370,12 +425,21 @@ class DrivingVLA(nn.Module):
             here = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
             streams["ego"] = (self.projectors["ego"](state[:, None]), here)
         text = self.language.embed(talk.input_ids.clamp(min=0))
-        spliced = splice(text, talk, streams, object_token[rows], pad_left=pad_left)
-        if spliced.embeds.shape[1] > self.language.max_positions:
+        limit = self.config.max_length or self.language.max_positions
+        spliced = splice(
+            text,
+            talk,
+            streams,
+            object_token[rows],
+            pad_left=pad_left,
+            max_length=limit if self.config.cut_to_length else None,
+        )
+        if spliced.embeds.shape[1] > limit:
             longest = int(spliced.attention_mask.sum(1).argmax())
+            whose = "model.max_length" if self.config.max_length else "the language model's"
             raise UserError(
                 f"conversation {talk.conversations[longest].id} takes {spliced.embeds.shape[1]} "
-                f"tokens, more than the language model's {self.language.max_positions} positions"
+                f"tokens, more than {whose} {limit} positions"
             )
         return spliced
 
@@ -410,4 +474,5 @@ def _rows_of(talk: Talk, rows: Tensor) -> Talk:
         frame_index=talk.frame_index[rows],
         object_boxes=talk.object_boxes[rows],
         conversations=tuple(talk.conversations[number] for number in numbers),
+        object_tracks=None if talk.object_tracks is None else talk.object_tracks[rows],
     )

@@ -1,4 +1,4 @@
-"""UniAD's names of weights and ours: the same tensors in the same shapes, renamed by prefix.
+"""Names of weights in UniAD's and OpenDriveVLA's checkpoints and ours: same tensors, same shapes.
 
 A rule maps what starts with one prefix to another; `#` stands for a number that is kept. Of several
 rules that fit, the longest counts (of two as long, the one with fewer #). What no rule fits is
@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
 from odvla.errors import UserError
 
+Rules = tuple[tuple[str, str], ...]
 # (UniAD's prefix, ours)
-RULES: tuple[tuple[str, str], ...] = (
+RULES: Rules = (
     ("img_backbone.", "encoder.backbone."),
     ("img_neck.lateral_convs.#.conv.", "encoder.neck.lateral_convs.#."),
     ("img_neck.fpn_convs.#.conv.", "encoder.neck.fpn_convs.#."),
@@ -102,8 +104,19 @@ UNUSED = {
     "criterion.code_weights": "weights of a loss; ours stand in the config",
     "seg_head.bev_embedding.weight": "the map head never reads it",
 }
+# OpenDriveVLA wraps UniAD's tower twice (LLaVA's tower, its model) and has Qwen2's own names.
+TOWER = "model.vision_tower.vision_tower.vision_model."
+STREAMS = ("scene", "track", "map")
+OPENDRIVEVLA_RULES: Rules = (
+    *((TOWER + theirs, ours) for theirs, ours in RULES),
+    *((f"model.mm_projector_{stream}.", f"projectors.{stream}.") for stream in STREAMS),
+    ("model.embed_tokens.", "language.model.model.embed_tokens."),
+    ("model.layers.#.", "language.model.model.layers.#."),
+    ("model.norm.", "language.model.model.norm."),
+    ("lm_head.", "language.model.lm_head."),
+)
 # Checkpoints from before mmcv's second DCN interface name the offsets' convolution differently.
-_OLD_OFFSETS = re.compile(r"^(img_backbone\..*)\.conv2_offset\.")
+OLD_OFFSETS, NEW_OFFSETS = ".conv2_offset.", ".conv2.conv_offset."
 
 
 @dataclass(frozen=True)
@@ -115,14 +128,75 @@ class Renamed:
     unknown: tuple[str, ...]
 
 
-def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+@dataclass(frozen=True)
+class Layout:
+    """How another project names the weights of one of its models."""
+
+    name: str  # as on the command line
+    title: str  # in sentences
+    rules: Rules
+    unused: Mapping[str, str]
+    components: tuple[str, ...]  # of ours that it has, see component_of
+
+    def to_ours(self, names: Iterable[str]) -> Renamed:
+        """Their names to ours."""
+        renamed, unused, unknown = {}, {}, []
+        for name in names:
+            if name in self.unused:
+                unused[name] = self.unused[name]
+                continue
+            new = rename(name.replace(OLD_OFFSETS, NEW_OFFSETS), self.rules)
+            if new is None:
+                unknown.append(name)
+            else:
+                renamed[name] = new
+        return Renamed(renamed, unused, tuple(unknown))
+
+    def to_theirs(self, names: Iterable[str]) -> Renamed:
+        """Our names to theirs."""
+        back = tuple((ours, theirs) for theirs, ours in self.rules)
+        found = {name: rename(name, back) for name in names}
+        return Renamed(
+            {name: new for name, new in found.items() if new is not None},
+            {},
+            tuple(name for name, new in found.items() if new is None),
+        )
+
+
+TOWER_COMPONENTS = ("encoder", "queries.track", "queries.map")
+UNIAD = Layout("uniad", "UniAD's track and map model", RULES, UNUSED, TOWER_COMPONENTS)
+OPENDRIVEVLA = Layout(
+    "opendrivevla",
+    "OpenDriveVLA",
+    OPENDRIVEVLA_RULES,
+    {TOWER + name: reason for name, reason in UNUSED.items()},
+    (*TOWER_COMPONENTS, *(f"projectors.{stream}" for stream in STREAMS), "language"),
+)
+LAYOUTS = {layout.name: layout for layout in (UNIAD, OPENDRIVEVLA)}
+
+
+def from_uniad(names: Iterable[str]) -> Renamed:
+    """UniAD's names to ours."""
+    return UNIAD.to_ours(names)
+
+
+def to_uniad(names: Iterable[str]) -> Renamed:
+    """Our names to UniAD's."""
+    return UNIAD.to_theirs(names)
+
+
+def component_of(name: str) -> str:
+    """The part of the model that one of our names belongs to, e.g. "queries.map"."""
+    first, _, rest = name.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first in ("queries", "projectors") else first
+
+
+def rename(name: str, rules: Rules) -> str | None:
     """The new name by the longest rule that fits; None: none does."""
     best: tuple[tuple[int, int], str] | None = None
-    for source, target in rules:
-        pattern = re.escape(source).replace(r"\#", "#").replace("#", r"(\d+)")
-        found = re.match(pattern, name)
-        rank = len(source), -source.count("#")
-        if found and (best is None or rank > best[0]):
+    for rank, pattern, target in _compiled(rules):
+        found = pattern.match(name) if best is None or rank > best[0] else None
+        if found:
             new = target
             for number in found.groups():
                 new = new.replace("#", number, 1)
@@ -130,28 +204,16 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
     return best[1] if best else None
 
 
-def from_uniad(names: Iterable[str]) -> Renamed:
-    """UniAD's names to ours."""
-    renamed, unused, unknown = {}, {}, []
-    for name in names:
-        new = rename(_OLD_OFFSETS.sub(r"\1.conv2.conv_offset.", name), RULES)
-        if name in UNUSED:
-            unused[name] = UNUSED[name]
-        elif new is None:
-            unknown.append(name)
-        else:
-            renamed[name] = new
-    return Renamed(renamed, unused, tuple(unknown))
-
-
-def to_uniad(names: Iterable[str]) -> Renamed:
-    """Our names to UniAD's."""
-    back = tuple((ours, theirs) for theirs, ours in RULES)
-    found = {name: rename(name, back) for name in names}
-    return Renamed(
-        {name: new for name, new in found.items() if new is not None},
-        {},
-        tuple(name for name, new in found.items() if new is None),
+@lru_cache
+def _compiled(rules: Rules) -> tuple[tuple[tuple[int, int], re.Pattern[str], str], ...]:
+    """Rank, pattern and target of each rule."""
+    return tuple(
+        (
+            (len(source), -source.count("#")),
+            re.compile(re.escape(source).replace(r"\#", "#").replace("#", r"(\d+)")),
+            target,
+        )
+        for source, target in rules
     )
 
 
@@ -161,7 +223,7 @@ def to_odvla(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a name is unknown.
     """
-    renamed = from_uniad(tensors)
+    renamed = UNIAD.to_ours(tensors)
     if renamed.unknown:
         raise UserError(
             f"{renamed.unknown[0]!r} is no weight of UniAD's track and map model "

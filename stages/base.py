@@ -21,6 +21,7 @@ from odvla.token_memory import TokenMemory
 from odvla.types import Batch
 from odvla.vla import DrivingVLA, Perception, VLAState
 from stages.optimisation import MuonWithAdamW, OptimiserConfig, parameter_groups
+from stages.sharding import shard
 
 Record = dict[str, Any]  # one line of predictions.jsonl
 EVERYTHING = FreezePlan()
@@ -140,6 +141,11 @@ class StageModule(lightning.LightningModule):
     def predict_rows(self, batch: Batch) -> list[Record]:
         """Records of the next key-frames of the streamed scenes."""
         raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Shard the model where a strategy wants that."""
+        if self.device_mesh is not None:
+            shard(self.vla, self.device_mesh["data_parallel"])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make what is random in a step depend on (seed, stage, step, rank) alone.

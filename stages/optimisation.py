@@ -165,11 +165,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
         if rest:
             self.parts.append(torch.optim.AdamW(rest, betas=betas))
-        self._share_groups()
+        self._share(matrices_first=[group for part in self.parts for group in part.param_groups])
 
-    def _share_groups(self) -> None:
-        """Let schedulers, which know this optimiser alone, change the parts' own groups."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+    def _share(self, matrices_first: list[dict[str, Any]]) -> None:
+        """One list of groups and one state: for schedulers and checkpoints, which know no parts."""
+        self.param_groups = matrices_first
+        start = 0
+        for part in self.parts:
+            count = len(part.param_groups)
+            part.param_groups = self.param_groups[start : start + count]
+            part.state = self.state
+            start += count
 
     def step(self, closure: Any = None) -> Any:
         """One step of both."""
@@ -181,15 +187,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of both."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
+        super().load_state_dict(state_dict)
+        self._share(self.param_groups)
 
 
 def trained_counts(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:

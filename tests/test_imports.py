@@ -48,7 +48,9 @@ def test_the_script_is_short_and_hands_over():
     assert set(imported(script)) == {"experiments"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["list"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["fit", "--help"], ["weights", "convert", "--help"], ["list"]]
+)
 def test_help_and_list_come_without_heavy_imports(arguments):
     code = (
         "import sys, runpy\n"

@@ -196,6 +196,7 @@ def _bev_frame(
     yield Check(f"{name}shift", shift[:1], wanted["shift"])
     if "prev_bev_rotated" in wanted:
         turned = wanted["prev_bev_rotated"].transpose(0, 1)
+        assert shared.previous is not None
         yield Check(f"{name}prev_bev_rotated", shared.previous, turned)
     for number, layer in enumerate(encoder.layers):
         assert isinstance(layer, BEVFormerLayer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.parity import maps
 from experiments.parity.golden import Check, Golden, under
 from experiments.parity.tracks import (
     bev_grid,
@@ -19,6 +20,7 @@ from experiments.parity.tracks import (
 from experiments.parity.vision import bevformer_config, load_encoder, resnet_config
 from odvla.encoders.bevformer import BEVFormer, can_bus_deltas
 from odvla.encoders.protocol import EncoderState
+from odvla.queries.panoptic_map import PanopticMap
 from odvla.queries.track_life import Tracks, give_ids
 from odvla.queries.trackformer import TrackFormer, TrackState
 from odvla.types import Cameras, Frames, SceneFeatures
@@ -30,6 +32,7 @@ class Tower:
 
     encoder: BEVFormer
     tracks: TrackFormer
+    map: PanopticMap
 
 
 def build_tower(golden: Golden, stem: str) -> Tower:
@@ -42,7 +45,7 @@ def build_tower(golden: Golden, stem: str) -> Tower:
     load_encoder(encoder, golden.weights)
     tracks = trackformer_config(model).build(dim, bev_grid(model["pc_range"], bev))
     load_trackformer(tracks, golden.weights)
-    return Tower(encoder, tracks)
+    return Tower(encoder, tracks, maps.build_map(model["seg_head"], golden.weights))
 
 
 def whole(golden: Golden, stem: str) -> Iterator[Check]:
@@ -74,6 +77,8 @@ def whole(golden: Golden, stem: str) -> Iterator[Check]:
         )
         yield from checks
         track_state = yield from _track(tower.tracks, features, frames, track_state, wanted, label)
+        assert features.bev is not None
+        yield from maps.frame(tower.map, features.bev.permute(0, 3, 1, 2), wanted, label)
 
 
 def _pixels(golden: Golden, name: str) -> Tensor:

@@ -15,7 +15,7 @@ def add(verbs: Verbs) -> None:
     parity = add_verb(
         verbs,
         "parity",
-        "compare the vision tower with arrays recorded from the reference",
+        "compare with arrays and texts recorded from the reference",
         "parity ../shared/golden",
         compare_with_recordings,
     )

@@ -43,9 +43,13 @@ def add_verb(
     return parser
 
 
-def add_experiment(parser: argparse.ArgumentParser) -> None:
+def add_experiment(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The experiment, and how it is changed."""
-    parser.add_argument("experiment", help="a name from `list`, or package.module:function")
+    parser.add_argument(
+        "experiment",
+        nargs=None if required else "?",
+        help="a name from `list`, or package.module:function",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -53,6 +57,11 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="changed settings, e.g. stages.planning.steps=10 (see `show`)",
     )
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--force-dialect",
+        action="store_true",
+        help="take weights that were trained on other prompts all the same",
+    )
     parser.add_argument("--data", metavar="ROOT", help="data root (default: $ODVLA_DATA, or data)")
 
 
@@ -72,6 +81,8 @@ def experiment_of(options: argparse.Namespace) -> ExperimentConfig:
     if options.overlay:
         config = apply_overlay(config, options.overlay)
     config = apply_overrides(config, options.overrides)
+    if options.force_dialect:
+        config = replace(config, force_dialect=True)
     if options.data:
         config = replace(config, data=replace(config.data, root=options.data))
     return config

@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odvla.encoders.protocol import EncoderState, fake_frames
-from odvla.encoders.resnet import FPN, ResNetConfig, padded_size
-from odvla.errors import UserError
+from odvla.encoders.protocol import EncoderState, fake_frames, require_images
+from odvla.encoders.resnet import FPN, MULTIPLE, ResNetConfig, padded_size
 from odvla.ops.deformable_attention import deformable_attention, ring_offsets
 from odvla.ops.transformer import FeedForward, Size, as_maps
 from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
 
 Compat = Literal["none", "uniad"]
 NEAREST_M = 1e-5  # a point must be so far in front of a camera
+PIXELS_AT_ONCE = 1 << 21  # of images that go through the backbone together on a CPU
 # Places in can_bus: way driven since the previous key-frame (global axes, metres), heading
 # (radians), change of heading (degrees).
 DRIVEN, HEADING, TURN_DEG = slice(0, 2), -2, -1
@@ -232,12 +232,13 @@ class TemporalAttention(nn.Module):
         """
         asking = torch.cat([values[0], query + positions], -1)
         shape = (*query.shape[:2], self.heads, self.QUEUE, self.points)
-        offsets = self.sampling_offsets(asking).float().view(*shape, 2)
+        offsets = offset_fractions(self.sampling_offsets, asking, [size] * self.QUEUE, self.points)
         weights = self.attention_weights(asking).float().view(shape).softmax(-1)
-        offsets = offsets / offsets.new_tensor([size[1], size[0]])
-        locations = at.transpose(1, 2)[:, :, None, :, None] + offsets
+        locations = at.transpose(1, 2)[:, :, None, :, None] + offsets.view(*shape, 2)
         # The mean over both maps is the sum with halved weights, in one call.
-        maps = [as_maps(self.value_proj(value), [size])[0] for value in values]
+        maps = [as_maps(self.value_proj(values[0]), [size])[0]]
+        same = values[1] is values[0]
+        maps.append(maps[0] if same else as_maps(self.value_proj(values[1]), [size])[0])
         read = deformable_attention(maps, locations, weights / self.QUEUE).to(query.dtype)
         return query + self.dropout(self.output_proj(read))
 
@@ -271,16 +272,12 @@ class SpatialAttention(nn.Module):
         Returns:
             [B, Q, C] with the residual sum.
         """
-        shape = (*query.shape[:2], self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).float().view(*shape, 2)
-        offsets = offsets / offsets.new_tensor([(w, h) for h, w in sizes])[:, None]
-        weights = self.attention_weights(query).float().view(*shape[:3], -1).softmax(-1)
-        weights = weights.view(shape)
+        offsets = offset_fractions(self.sampling_offsets, query, sizes, self.points)
+        weights = self.attention_weights(query).float()
+        weights = weights.view(*query.shape[:2], self.heads, -1).softmax(-1).flatten(2)
         any_height = seen.visible.any(-1)  # B, N, Q
         rows = []
         for row in range(len(query)):
-            # Point p belongs to height p % Z.
-            anchors = seen.uv[row].repeat(1, 1, self.points // self.heights, 1)  # N, Q, P, 2
             total = query.new_zeros(query.shape[1:], dtype=torch.float32)
             for camera, visible in enumerate(any_height[row]):
                 cells = visible.nonzero()[:, 0]
@@ -288,13 +285,56 @@ class SpatialAttention(nn.Module):
                     continue
                 # Cells of one camera at a time: a map of all cameras' samples would take gigabytes.
                 maps = as_maps(self.value_proj(value[row, camera][None]), sizes)
-                places = anchors[camera][cells][:, None, None] + offsets[row][cells]
-                read = deformable_attention(maps, places[None], weights[row][cells][None])
-                total = total.index_add(0, cells, read[0])
+                read = self.read(
+                    maps,
+                    offsets[row].index_select(0, cells),
+                    weights[row].index_select(0, cells),
+                    seen.uv[row, camera].index_select(0, cells),
+                )
+                total = total.index_add(0, cells, read)
             rows.append(total)
         cameras = any_height.sum(1).clamp(min=1).unsqueeze(-1)  # B, Q, 1
         mean = (torch.stack(rows) / cameras).to(query.dtype)
         return query + self.dropout(self.output_proj(mean))
+
+    def read(
+        self, maps: Sequence[Tensor], offsets: Tensor, weights: Tensor, pillars: Tensor
+    ) -> Tensor:
+        """What V cells read in one camera.
+
+        Args:
+            maps: L levels [1, C, h, w].
+            offsets: [V, A * L * P * 2] fractions.
+            weights: [V, A * L * P].
+            pillars: [V, Z, 2] fractions.
+
+        Returns:
+            [V, C].
+        """
+        # Point p belongs to height p % Z.
+        repeats = self.points // self.heights
+        places = offsets.unflatten(-1, (-1, repeats, self.heights, 2)) + pillars[:, None, None]
+        shape = (1, len(offsets), self.heads, self.levels, self.points)
+        return deformable_attention(maps, places.view(*shape, 2), weights.view(shape))[0]
+
+
+def offset_fractions(layer: nn.Linear, x: Tensor, sizes: Sequence[Size], points: int) -> Tensor:
+    """Offsets that a layer predicts in pixels of L levels, as fractions of the levels.
+
+    Args:
+        layer: C to A * L * P * 2, (x, y) fastest.
+        x: [..., C].
+        sizes: (h, w) of each level.
+        points: P.
+
+    Returns:
+        [..., A * L * P * 2] float32.
+    """
+    # Dividing the layer's few weights is the same as dividing its many results.
+    per_level = layer.weight.new_tensor([(1 / w, 1 / h) for h, w in sizes])  # L, 2
+    scale = per_level.repeat_interleave(points, 0).flatten()  # L * P * 2
+    scale = scale.repeat(layer.out_features // len(scale))
+    return F.linear(x, layer.weight * scale.unsqueeze(-1), layer.bias * scale).float()
 
 
 def start_attention(module: TemporalAttention | SpatialAttention, ring: Tensor) -> None:
@@ -314,7 +354,7 @@ class LayerInputs:
     """What all layers share."""
 
     positions: Tensor  # [B, Q, C]
-    previous: Tensor  # [B, Q, C], turned; meaningless where `known` is False
+    previous: Tensor | None  # [B, Q, C], turned; meaningless where `known` is False
     known: Tensor  # bool [B]
     first: Tensor  # [B, Q, C], the queries before the first layer
     at: Tensor  # [B, 2, Q, 2], see TemporalAttention
@@ -336,10 +376,12 @@ class BEVFormerLayer(nn.Module):
 
     def attend_past(self, bev: Tensor, given: LayerInputs) -> Tensor:
         """Temporal self-attention alone: [B, Q, C] in and out, before its norm."""
-        known = given.known[:, None, None]
         # With a past, the "current" half is what the queries were before the first layer (BEVFormer
         # stacks it once); without, both halves are what they are now.
-        values = (torch.where(known, given.previous, bev), torch.where(known, given.first, bev))
+        values = (bev, bev)
+        if given.previous is not None:
+            known = given.known[:, None, None]
+            values = (torch.where(known, given.previous, bev), torch.where(known, given.first, bev))
         return self.temporal_attention(bev, given.positions, values, given.at, given.size)
 
     def forward(self, bev: Tensor, given: LayerInputs) -> Tensor:
@@ -387,7 +429,8 @@ class BEVFormer(nn.Module):
         """Encode one key-frame; see odvla.encoders.protocol.Encoder.
 
         Raises:
-            UserError: there are not as many cameras as this encoder was built for.
+            UserError: there are not as many cameras as this encoder was built for, or the images
+                are too small.
         """
         levels = self.image_levels(frames)
         bev = self.encode_bev(levels, frames, state)
@@ -398,13 +441,15 @@ class BEVFormer(nn.Module):
 
     def image_levels(self, frames: Frames) -> tuple[Tensor, ...]:
         """Feature maps [B, N, C, h, w], fine to coarse."""
-        batch, cameras = frames.images.shape[:2]
-        if cameras != self.config.cameras:
-            raise UserError(
-                f"the encoder was built for {self.config.cameras} cameras, not {cameras}"
-            )
-        maps = self.neck(self.backbone(frames.images.flatten(0, 1)))
-        return tuple(level.unflatten(0, (batch, cameras)) for level in maps)
+        require_images(frames.images, self.config.cameras, MULTIPLE)
+        images = frames.images.flatten(0, 1)
+        at_once = len(images)
+        if images.device.type == "cpu" and not torch.is_grad_enabled():
+            # Full-size cameras one after the other: a sixth of the memory, and no slower.
+            at_once = max(1, min(at_once, PIXELS_AT_ONCE // images[0, 0].numel()))
+        parts = [self.neck(self.backbone(part)) for part in images.split(at_once)]
+        maps = [torch.cat(levels) for levels in zip(*parts, strict=True)]
+        return tuple(level.unflatten(0, frames.images.shape[:2]) for level in maps)
 
     def encode_bev(
         self, levels: Sequence[Tensor], frames: Frames, state: EncoderState | None
@@ -424,7 +469,7 @@ class BEVFormer(nn.Module):
         queries = self.bev_embedding.weight + self.can_bus_mlp(can_bus).unsqueeze(1)  # B, Q, C
         motion = motion_of(frames.can_bus, self.grid)
         known = torch.zeros_like(frames.scene_start)
-        previous = torch.zeros_like(queries)
+        previous = None
         if state is not None:
             known = state.valid & ~frames.scene_start
             turned = turn_bev(
@@ -462,7 +507,7 @@ class BEVFormer(nn.Module):
     def image_tokens(self, levels: Sequence[Tensor]) -> Tensor:
         """Levels [B, N, C, h, w] as [B, N, sum of h * w, C], with camera and level embeddings."""
         tokens = [
-            level.flatten(3).transpose(2, 3) + self.cams_embeds.unsqueeze(1) + embedding
+            level.flatten(3).transpose(2, 3) + (self.cams_embeds.unsqueeze(1) + embedding)
             for level, embedding in zip(levels, self.level_embeds, strict=True)
         ]
         return torch.cat(tokens, 2)

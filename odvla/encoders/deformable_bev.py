@@ -33,7 +33,7 @@ from odvla.encoders.image_backbone import (
     conv,
 )
 from odvla.encoders.pillars import PillarView, in_tall, places_before, tall_image, view_pillars
-from odvla.encoders.protocol import EncoderState, fake_frames
+from odvla.encoders.protocol import EncoderState, fake_frames, require_images
 from odvla.ops.deformable_attention import deformable_attention, ring_offsets
 from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
 
@@ -267,8 +267,13 @@ class DeformableBEV(nn.Module):
     def forward(
         self, frames: Frames, state: EncoderState | None
     ) -> tuple[SceneFeatures, EncoderState]:
-        """Encode one key-frame; see odvla.encoders.protocol.Encoder."""
+        """Encode one key-frame; see odvla.encoders.protocol.Encoder.
+
+        Raises:
+            UserError: the images are too small.
+        """
         batch, cameras, _, height, width = frames.images.shape
+        require_images(frames.images, cameras, self.config.backbone.strides[-1])
         levels = self._image_levels(frames)  # L x [B*N, C, h, w]
         view = view_pillars(self.pillars, frames.cameras, (width, height), len(self.centres))
         bev = self.bev_queries.expand(batch, -1, -1, -1)

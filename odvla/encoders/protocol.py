@@ -10,7 +10,8 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Float64, jaxtyped
 from torch import Tensor
 
-from odvla.types import BevGrid, Cameras, Frames, SceneFeatures, TensorFields
+from odvla.errors import UserError
+from odvla.types import BevGrid, Cameras, Frames, LidarPoints, SceneFeatures, TensorFields
 
 
 @jaxtyped(typechecker=beartype)
@@ -50,12 +51,34 @@ class Encoder(Protocol):
         ...
 
 
+def require_images(images: Tensor, cameras: int, least: int) -> None:
+    """Refuse what an encoder cannot take, before its layers fail with a sentence of torch's.
+
+    Args:
+        images: [B, N, 3, h, w].
+        cameras: the encoder was built for.
+        least: height and width in pixels; the coarsest map has a pixel then.
+
+    Raises:
+        UserError: another number of cameras, or smaller images.
+    """
+    number, _, height, width = images.shape[1:]
+    if number != cameras:
+        raise UserError(f"the encoder was built for {cameras} cameras, not {number}")
+    if min(height, width) < least:
+        raise UserError(
+            f"images of {width}x{height} pixels (width x height) are too small for the encoder, "
+            f"whose coarsest features stand {least} pixels apart; see data.image_size"
+        )
+
+
 def fake_frames(
     batch: int,
     image_size: tuple[int, int] = (160, 90),
     seed: int = 0,
     *,
     step: int = 0,
+    lidar_points: int = 0,
 ) -> Frames:
     """Noise images from a plausible ring of six cameras, for tests and contract checks.
 
@@ -64,6 +87,7 @@ def fake_frames(
         image_size: width, height.
         seed: noise and ego positions.
         step: key-frames since the start; the car drives on by 3 m a step and turns a little.
+        lidar_points: of a sweep that lies around the car, some of them padding; 0: no lidar.
     """
     width, height = image_size
     generator = torch.Generator().manual_seed(seed * 1009 + step)
@@ -100,4 +124,14 @@ def fake_frames(
         can_bus=torch.randn(batch, 18, generator=generator),
         scene_start=torch.full((batch,), step == 0),
         sample_tokens=tuple(f"fake-{row}-{step}" for row in range(batch)),
+        lidar=_fake_lidar(batch, lidar_points, generator) if lidar_points else None,
     )
+
+
+def _fake_lidar(batch: int, count: int, generator: torch.Generator) -> LidarPoints:
+    """Points up to 40 m away; every row has another number of them."""
+    place = (torch.rand(batch, count, 3, generator=generator) - 0.5) * torch.tensor([80, 80, 4])
+    intensity = torch.rand(batch, count, 1, generator=generator) * 255
+    used = torch.arange(count).expand(batch, -1) < count - torch.arange(batch).unsqueeze(1)
+    points = torch.cat([place, intensity], -1) * used.unsqueeze(-1)
+    return LidarPoints(points, used)

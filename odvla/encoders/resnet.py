@@ -23,6 +23,10 @@ from odvla.ops.deformable_conv import ModulatedDeformConv
 PIXEL_MEAN_BGR = (103.53, 116.28, 123.675)
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
+# A BatchNorm with frozen statistics normalises nothing. Where no weights are loaded, its scales
+# start so that activations stay of the order of 1: pixels by their spread, residual branches small.
+PIXEL_SPREAD = 60.0
+RESIDUAL_START = 0.2
 MULTIPLE = 32  # images are padded at the bottom and right to a multiple of this
 
 
@@ -100,10 +104,32 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[I, C, h, w] to [I, 4 * channels, h / stride, w / stride]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.bn1(self.conv1(x)).relu_()
-        x = self.bn2(self.conv2(x)).relu_()
-        return (self.bn3(self.conv3(x)) + shortcut).relu_()
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = normed(self.downsample[0], self.downsample[1], x)
+        x = normed(self.conv1, self.bn1, x).relu_()
+        x = normed(self.conv2, self.bn2, x).relu_()
+        return normed(self.conv3, self.bn3, x).add_(shortcut).relu_()
+
+
+def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolution and frozen normalisation, [I, C, h, w] to [I, O, h', w'].
+
+    Where nothing is learned, the normalisation goes into the kernel: one walk over the map less for
+    every convolution, a tenth of the backbone's time on a CPU.
+    """
+    if torch.is_grad_enabled():
+        return norm(conv(x))
+    assert isinstance(conv, nn.Conv2d | ModulatedDeformConv)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    if isinstance(conv, ModulatedDeformConv):
+        return conv.convolve(x, weight, bias)
+    return conv._conv_forward(x, weight, bias)
 
 
 class ResNet(nn.Module):
@@ -132,6 +158,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Bottleneck):
+                nn.init.constant_(module.bn3.weight, RESIDUAL_START)
+        nn.init.constant_(self.bn1.weight, 1 / PIXEL_SPREAD)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalise, pad and encode.
@@ -152,7 +181,10 @@ class ResNet(nn.Module):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Encode what `normalise` made: [I, 3, h, w] with h and w multiples of 32."""
-        x = F.max_pool2d(self.bn1(self.conv1(pixels)).relu_(), 3, 2, padding=1)
+        if pixels.device.type == "cpu":
+            # There, convolutions are a third faster so, and deformable ones need no transposition.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(normed(self.conv1, self.bn1, pixels).relu_(), 3, 2, padding=1)
         maps = []
         for stage in range(max(self.config.stages) + 1):
             for block in getattr(self, f"layer{stage + 1}"):

@@ -7,34 +7,27 @@ answers nonsense in another.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-import yaml
+from numpy.typing import ArrayLike
 
 from odvla.errors import UserError
-from odvla.language.waypoints import DECIMALS, PlanForm, format_number
-from odvla.types import COMMANDS, HISTORY, EgoState, Turn
-
-# Kinds of conversation a dialect must word (Conversation.kind).
-KINDS = (
-    "plan",
-    "agent",
-    "caption_object",
-    "caption_map",
-    "caption_scene",
-    "caption",
-    "qa",
-    "narration",
-    "text",
+from odvla.language.dialect_file import (
+    EGO_FIELDS,
+    KINDS,
+    LABELS,
+    TrainingStream,
+    Wording,
+    fields_of,
+    read_wording,
 )
-EGO_FIELDS = ("vx", "vy", "v_yaw", "ax", "ay", "can_x", "can_y", "speed", "steering")
-FIELDS = frozenset((*EGO_FIELDS, "history", "command", "question"))
+from odvla.language.waypoints import DECIMALS, PlanForm, format_number, format_waypoints
+from odvla.types import HISTORY, EgoState, Turn
+
+__all__ = ["KINDS", "PARTS", "Dialect"]
 # Parts of a request that an ablation may leave out (the paper's table IV): the fields they tell.
 PARTS = {
     "ego": frozenset(EGO_FIELDS),
@@ -44,40 +37,31 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Wording:
-    """The checked content of a dialect file."""
-
-    system: str
-    lines: Mapping[str, str]
-    requests: Mapping[str, tuple[str, ...]]
-    caption_object_answer: str
-    speed_scale: float  # the prompt's velocity and heading speed, as a multiple of m/s
-    signed_zero: bool  # a number that rounds to zero from below is written -0.00
-    plan: PlanForm  # how plans and futures are written; the history of a plan of motion is motion
-
-
-@dataclass(frozen=True)
 class Dialect:
     """How conversations are worded.
 
     Args:
-        name: "reference" (the paper's prompts), "compact" (for tiny language models), or the path
-            of a YAML file.
+        name: "odvla" (for language models that can read), "compact" (for tiny ones), or the path of
+            a YAML file.
         without: parts left out of every request, of "ego", "history" and "command".
+        labels: what training takes loss on; "": as the dialect has it.
 
     Raises:
         UserError: there is no such dialect, its file is malformed, or `without` names no part.
     """
 
-    name: str = "reference"
+    name: str = "odvla"
     without: tuple[str, ...] = ()
+    labels: Literal["", "answer_only", "reference"] = ""
 
     def __post_init__(self) -> None:
         """Read the file now, so that a mistake in it shows at construction."""
+        if self.labels and self.labels not in LABELS:
+            raise UserError(f"dialect.labels is {' or '.join(LABELS)}, not {self.labels!r}")
         for part in self.without:
             if part not in PARTS:
                 raise UserError(f"dialect.without must be some of {', '.join(PARTS)}, not {part!r}")
-            if not any(_fields_of(line) & PARTS[part] for line in self.wording.lines.values()):
+            if not any(fields_of(line) & PARTS[part] for line in self.wording.lines.values()):
                 raise UserError(
                     f"dialect.without names {part!r}, which dialect {self.name!r} does not tell"
                 )
@@ -87,7 +71,7 @@ class Dialect:
     def has_ego_slot(self) -> bool:
         """Whether a request for a plan has a place for the ego token."""
         lines = [self.wording.lines[name] for name in self.wording.requests["plan"]]
-        return any("<EGO>" in line for line in lines if not _fields_of(line) & self._hidden)
+        return any("<EGO>" in line for line in lines if not fields_of(line) & self._hidden)
 
     @property
     def _hidden(self) -> frozenset[str]:
@@ -97,7 +81,44 @@ class Dialect:
     @property
     def wording(self) -> Wording:
         """The texts."""
-        return _read_wording(self.name)
+        return read_wording(self.name)
+
+    @property
+    def training(self) -> TrainingStream:
+        """How its conversations are cut up for training."""
+        stream = self.wording.training
+        return replace(stream, labels=self.labels) if self.labels else stream
+
+    def identity(self) -> dict[str, Any]:
+        """What a handoff keeps of it: name, parts left out, SHA-256 and content of the file."""
+        return {
+            "name": self.name,
+            "without": sorted(self.without),
+            "sha256": self.wording.sha256,
+            "content": dict(self.wording.content),
+        }
+
+    def check_same(self, kept: Mapping[str, Any], where: str) -> None:
+        """Refuse weights that were trained on other prompts.
+
+        Args:
+            kept: `identity()` of the dialect that they were trained on.
+            where: what they are called in the message.
+
+        Raises:
+            UserError: the texts differ, or the parts left out.
+        """
+        own = self.identity()
+        if (own["sha256"], own["without"]) == (kept["sha256"], sorted(kept["without"])):
+            return
+        what = f"dialect {kept['name']!r}" + _left_out(kept["without"])
+        mine = f"{self.name!r}" + _left_out(self.without)
+        if own["sha256"] != kept["sha256"] and own["name"] == kept["name"]:
+            mine += " with other texts"
+        raise UserError(
+            f"{where} was trained on {what}, and this experiment speaks {mine}: plans under other "
+            "prompts are nonsense (--force-dialect, or force_dialect=true, takes them all the same)"
+        )
 
     def turns(
         self, kind: str, answer: str | None, ego: EgoState | None, question: str = ""
@@ -128,8 +149,8 @@ class Dialect:
                 f"{', '.join(self.wording.requests)}"
             )
         lines = [self.wording.lines[name] for name in self.wording.requests[kind]]
-        lines = [line for line in lines if not _fields_of(line) & self._hidden]
-        needed = {field for line in lines for field in _fields_of(line)}
+        lines = [line for line in lines if not fields_of(line) & self._hidden]
+        needed = {field for line in lines for field in fields_of(line)}
         values = {"question": question}
         if needed - {"question"}:
             if ego is None:
@@ -141,36 +162,54 @@ class Dialect:
         """What the names in a line's braces stand for, of one row."""
         if len(ego.velocity) != 1:
             raise ValueError(f"one row of ego state makes a prompt, not {len(ego.velocity)}")
-        scale = self.wording.speed_scale
+        scale = self.wording.scale
         vx, vy = ego.velocity[0].tolist()
         ax, ay = ego.acceleration[0].tolist()
         can_x, can_y = ego.can_accel[0].tolist()
         numbers = {
-            "vx": vx * scale,
-            "vy": vy * scale,
+            "vx": vx * scale["velocity"],
+            "vy": vy * scale["velocity"],
             "v_yaw": ego.yaw_rate[0].item(),
-            "ax": ax,
-            "ay": ay,
+            "ax": ax * scale["acceleration"],
+            "ay": ay * scale["acceleration"],
             "can_x": can_x,
             "can_y": can_y,
-            "speed": ego.heading_speed[0].item() * scale,
+            "speed": ego.heading_speed[0].item() * scale["heading_speed"],
             "steering": ego.steering[0].item(),
         }
         past = ego.history[0]
         if self.wording.plan.values != "points":
             past = torch.diff(past, dim=0, append=past.new_zeros(1, 2))  # up to the car itself
-        points = [f"({self._number(x)},{self._number(y)})" for x, y in past.tolist()]
-        assert len(points) == HISTORY
+        assert len(past) == HISTORY
         return {
             **{name: self._number(value) for name, value in numbers.items()},
-            "history": ",".join(points),
-            "command": COMMANDS[int(ego.command[0])],
+            "history": self._points(past.tolist(), DECIMALS),
+            "command": self.wording.commands[int(ego.command[0])],
         }
 
     @property
     def plan_form(self) -> PlanForm:
         """How plans are written: needed to read them back."""
         return self.wording.plan
+
+    def plan_answer(self, waypoints: ArrayLike, last_step: ArrayLike) -> str:
+        """A plan as it is to be answered.
+
+        Args:
+            waypoints: [6, 2] metres, lidar frame of t0.
+            last_step: [2] metres that the car moved in the 0.5 s before.
+
+        Raises:
+            ValueError: another shape, or a number that is not finite.
+        """
+        text = format_waypoints(waypoints, self.plan_form, last_step)
+        if not self.wording.signed_zero:
+            return text
+        # What was told as 0.00 may be -0.00.
+        points = torch.as_tensor(waypoints, dtype=torch.float64).numpy()
+        numbers = self.plan_form.numbers(points, last_step).tolist()
+        head, rest = text.split("[", 1)
+        return f"{head}[{self._points(numbers, self.plan_form.decimals)}]{rest.rsplit(']', 1)[1]}"
 
     def object_caption_answer(self, caption: str, x_m: float, y_m: float) -> str:
         """An object's caption with its place (LIDAR_TOP frame), as stage 1 has it."""
@@ -180,87 +219,15 @@ class Dialect:
             y=self._number(y_m, self.plan_form.decimals),
         )
 
+    def _points(self, points: list[list[float]], decimals: int) -> str:
+        pairs = [f"({self._number(x, decimals)},{self._number(y, decimals)})" for x, y in points]
+        return ",".join(pairs)
+
     def _number(self, value: float, decimals: int = DECIMALS) -> str:
         if self.wording.signed_zero:
             return f"{value:.{decimals}f}"
         return format_number(value, decimals)
 
 
-@lru_cache
-def _fields_of(line: str) -> frozenset[str]:
-    """Names in the braces of a line."""
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(line) if name is not None)
-
-
-@lru_cache
-def _read_wording(name: str) -> Wording:
-    """Read and check a dialect file."""
-    shipped = Path(__file__).parent / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name).expanduser()
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
-        raise UserError(f"dialect {name!r} is neither a file nor one of {known}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"dialect {path} is not YAML: {' '.join(str(error).split())}") from error
-    return _checked(content, path)
-
-
-def _checked(content: Any, path: Path) -> Wording:
-    """Wording from a file's content; every name in it must mean something."""
-    types = {
-        "system": str,
-        "lines": dict,
-        "requests": dict,
-        "answers": dict,
-        "speed_scale": float,
-        "signed_zero": bool,
-        "plan": dict,
-    }
-    if not isinstance(content, dict) or set(content) != set(types):
-        raise UserError(f"dialect {path} must hold the entries {', '.join(types)} and no others")
-    for key, expected in types.items():
-        if not isinstance(content[key], (float, int) if expected is float else expected):
-            raise UserError(f"dialect {path}: {key} must be a {expected.__name__}")
-    lines, requests = content["lines"], content["requests"]
-    for name, line in lines.items():
-        unknown = _line_fields(path, name, line) - FIELDS
-        if unknown:
-            raise UserError(f"dialect {path}: line {name!r} has unknown {{{min(unknown)}}}")
-    if set(requests) != set(KINDS):
-        raise UserError(f"dialect {path}: requests must be {', '.join(KINDS)}")
-    for kind, names in requests.items():
-        for name in names if isinstance(names, list) else [names]:
-            if name not in lines:
-                raise UserError(f"dialect {path}: request {kind!r} uses unknown line {name!r}")
-    answer = content["answers"].get("caption_object")
-    if _line_fields(path, "caption_object", answer) != {"caption", "x", "y"}:
-        raise UserError(f"dialect {path}: answer caption_object must tell caption, x and y")
-    return Wording(
-        system=content["system"],
-        lines=lines,
-        requests={kind: tuple(names) for kind, names in requests.items()},
-        caption_object_answer=answer,
-        speed_scale=content["speed_scale"],
-        signed_zero=content["signed_zero"],
-        plan=_plan_form(content["plan"], path),
-    )
-
-
-def _plan_form(content: dict[str, Any], path: Path) -> PlanForm:
-    if set(content) != {"values", "decimals"} or type(content["decimals"]) is not int:
-        raise UserError(f"dialect {path}: plan must tell values and decimals, a number")
-    try:
-        return PlanForm(**content)
-    except UserError as error:
-        raise UserError(f"dialect {path}: {error}") from error
-
-
-def _line_fields(path: Path, name: str, line: Any) -> frozenset[str]:
-    if not isinstance(line, str):
-        raise UserError(f"dialect {path}: {name!r} must be a text")
-    try:
-        return _fields_of(line)
-    except ValueError as error:
-        raise UserError(f"dialect {path}: {name!r} has unbalanced braces") from error
+def _left_out(parts: Any) -> str:
+    return f" without {', '.join(sorted(parts))}" if parts else ""

@@ -49,8 +49,9 @@ def match_objects(talk: Talk, tracks: TokenSet | None, max_distance_m: float) ->
         max_distance_m: how far a predicted centre may be from the object's, in the ground plane.
 
     Returns:
-        int64 [G]: index into the frame's tokens of the nearest centre; -1 where no valid token is
-        near enough, -2 where the text has no object.
+        int64 [G]: index into the frame's tokens of the nearest centre, or of the track whose id the
+        conversation names; -1 where no valid token is near enough or none has the id, -2 where the
+        text has no object.
     """
     has_object = ((talk.input_ids == OBJECT_ID) & talk.mask).any(1)  # [G]
     unmatched = torch.where(has_object, -1, -2)
@@ -58,12 +59,21 @@ def match_objects(talk: Talk, tracks: TokenSet | None, max_distance_m: float) ->
         return unmatched
     assert isinstance(tracks.predictions, AgentPredictions)
     assert tracks.query_index is not None
-    rows = tracks.query_index.clamp(min=0)[..., None].expand(-1, -1, 2)
-    centres = tracks.predictions.boxes[..., :2].detach().float().gather(1, rows)  # [B, N, 2]
+    rows = tracks.query_index.clamp(min=0)  # [B, N]
+    valid = tracks.mask[talk.frame_index]  # [G, N]
+    places = rows[..., None].expand(-1, -1, 2)
+    centres = tracks.predictions.boxes[..., :2].detach().float().gather(1, places)  # [B, N, 2]
     gap = centres[talk.frame_index] - talk.object_boxes[:, None, :2]  # [G, N, 2]
-    distance = gap.norm(dim=-1).masked_fill(~tracks.mask[talk.frame_index], torch.inf)
+    distance = gap.norm(dim=-1).masked_fill(~valid, torch.inf)
     nearest, token = distance.nan_to_num(nan=torch.inf).min(1)
-    return torch.where(has_object & (nearest <= max_distance_m), token, unmatched)
+    found = nearest <= max_distance_m
+    if talk.object_tracks is not None:
+        named = talk.object_tracks >= 0  # [G]
+        ids = tracks.predictions.track_ids.gather(1, rows)[talk.frame_index]  # [G, N]
+        same = (ids == talk.object_tracks[:, None]) & valid
+        token = torch.where(named, same.long().argmax(1), token)
+        found = torch.where(named, same.any(1), found)
+    return torch.where(has_object & found, token, unmatched)
 
 
 def splice(
@@ -73,6 +83,7 @@ def splice(
     object_token: Tensor | None = None,
     *,
     pad_left: bool = False,
+    max_length: int | None = None,
 ) -> Spliced:
     """Replace every slot by the tokens it stands for.
 
@@ -84,6 +95,7 @@ def splice(
         object_token: int64 [G] index of the track token of each conversation's object; negative:
             nothing is put in its place.
         pad_left: pad before the text, for generation.
+        max_length: places that are kept of each conversation, from its start; None: all.
     """
     ids, mask, frame = talk.input_ids, talk.mask, talk.frame_index
     G, L, D = text.shape
@@ -101,8 +113,6 @@ def splice(
     total = size.sum(1)  # [G]
     S = int(total.max())
     first = size.cumsum(1) - size  # [G, L] place of each id's first row
-    if pad_left:
-        first = first + (S - total)[:, None]
 
     # take[g, s]: row of the table that place s gets; the last row is zeros, for padding.
     take = torch.full((G, S), rows, device=text.device)
@@ -123,9 +133,16 @@ def splice(
         N = streams["track"][1].shape[1]
         take[g, first[g, at]] = offset["track"] + frame[g] * N + object_token[g]
 
-    table.append(text.new_zeros(1, D))
+    if max_length is not None and max_length < S:
+        take, labels, S = take[:, :max_length], labels[:, :max_length], max_length
+        total = total.clamp(max=max_length)
     places = torch.arange(S, device=text.device).expand(G, S)
     skipped = (S - total)[:, None] if pad_left else torch.zeros_like(total)[:, None]
+    if pad_left:
+        # What is at the right of a row's end is padding: turned round, it comes first.
+        turned = (places - skipped) % S
+        take, labels = take.gather(1, turned), labels.gather(1, turned)
+    table.append(text.new_zeros(1, D))
     return Spliced(
         embeds=F.embedding(take, torch.cat(table)),
         attention_mask=(places >= skipped) & (places < skipped + total[:, None]),

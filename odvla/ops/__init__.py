@@ -1,1 +1,1 @@
-"""Deformable attention."""
+"""Deformable attention and convolution, with interchangeable implementations (see backends.py)."""

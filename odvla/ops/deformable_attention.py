@@ -1,8 +1,7 @@
 """Multi-scale deformable attention: every query reads a few points of a few feature maps.
 
-Deformable DETR's operation (Zhu et al. 2021). There is one backend so far, torch's grid_sample;
-others may follow behind the same function. On a CPU it is the fastest of those tried (a weighted
-embedding_bag is as fast forward, but nearly twice as slow backward).
+Deformable DETR's operation (Zhu et al. 2021). Which implementation runs is decided in
+odvla.ops.backends.
 
 Shape legend: B batch, Q queries, N heads, L levels, P points a level, E channels a head.
 """
@@ -15,31 +14,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odvla.ops.backends import backend_for
+
 
 def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of bilinear samples; what lies outside a map counts as zero.
 
+    Half-precision inputs are computed in float32, and so is the result: places in half precision
+    would be several pixels off.
+
     Args:
-        values: L maps [B, N * E, h, w] (channels of a head stand together).
+        values: L maps [B, N * E, h, w] (channels of a head stand together). Channels-last memory is
+            the fastest.
         locations: [B, Q, N, L, P, 2], (x, y) as fractions of a map's width and height: (0, 0) is
             its outer top left corner, (1, 1) its outer bottom right one.
         weights: [B, Q, N, L, P]; usually a softmax over L * P.
 
     Returns:
         [B, Q, N * E].
+
+    Raises:
+        UserError: the chosen backend cannot run on this device.
     """
-    batch, queries, heads, levels = locations.shape[:4]
+    _, queries, _, levels, points = weights.shape
     assert len(values) == levels
-    grids = locations.permute(3, 0, 2, 1, 4, 5).mul(2).sub(1).flatten(1, 2)  # L, B*N, Q, P, 2
-    head_weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)  # L, B*N, 1, Q, P
-    total: Tensor | None = None
-    for value, grid, weight in zip(values, grids, head_weights, strict=True):
-        by_head = value.reshape(batch * heads, -1, *value.shape[-2:])  # B*N, E, h, w
-        sampled = F.grid_sample(by_head, grid, padding_mode="zeros", align_corners=False)
-        term = (sampled * weight).sum(-1)  # B*N, E, Q
-        total = term if total is None else total + term
-    assert total is not None
-    return total.view(batch, -1, queries).transpose(1, 2)
+    numbers = queries * points * values[0].shape[1]
+    backend = backend_for(locations, weights, *values, numbers=numbers)
+    with torch.autocast(weights.device.type, enabled=False):
+        # One type for all: float32, or float64 where any of them is.
+        full = torch.promote_types(torch.float32, locations.dtype)
+        full = torch.promote_types(full, values[0].dtype)
+        return backend.attention(
+            [value.to(full) for value in values], locations.to(full), weights.to(full)
+        )
 
 
 def bilinear(value: Tensor, locations: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ H x W pixels in, h x w pixels out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from odvla.ops.backends import PURE, backend_for
 
 
 def modulated_deform_conv(
@@ -35,49 +38,57 @@ def modulated_deform_conv(
         dilation: distance of neighbouring taps.
 
     Returns:
-        [B, O, h, w]; in float32 where autocast would have made it less, since sampling places in
-        half precision would be several pixels off.
+        [B, O, h, w], computed in float32 where autocast would have made it less, since sampling
+        places in half precision would be several pixels off.
+
+    Raises:
+        UserError: the chosen backend cannot run on this device.
     """
+    rows, columns = offset.shape[-2:]
+    numbers = mask[0].numel() * x.shape[1]
+    backend = backend_for(x, offset, mask, weight, numbers=numbers)
     with torch.autocast(x.device.type, enabled=False):
-        columns = _sample(
-            x.float(), offset.float(), mask.float(), weight, stride, padding, dilation
-        )
-        out = weight.float().flatten(1) @ columns  # B, O, h * w
-    out = out.unflatten(-1, tuple(offset.shape[-2:])).to(x.dtype)
-    return out if bias is None else out + bias.to(x.dtype).view(-1, 1, 1)
+        full = torch.promote_types(torch.float32, x.dtype)
+        parts = (x.to(full), offset.to(full), mask.to(full), weight.to(full))
+        if backend in PURE.values():
+            y_at, x_at = tap_places(parts[1], weight.shape[-2:], stride, padding, dilation)
+            by_place = parts[2].flatten(2).transpose(1, 2).contiguous()  # B, h * w, K
+            out = backend.convolution(parts[0], y_at, x_at, by_place, parts[3])
+            out = out.unflatten(1, (rows, columns))  # B, h, w, O
+        else:
+            out = backend.convolution(*parts, stride, padding, dilation).permute(0, 2, 3, 1)
+        if bias is not None:
+            out = out + bias.to(full)
+        out = out.permute(0, 3, 1, 2)
+    return out.to(x.dtype)
 
 
-def _sample(
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
-    """What every tap reads: [B, C * K, h * w]."""
-    batch, channels, height, width = x.shape
-    rows, columns = weight.shape[-2:]
-    out_rows, out_columns = offset.shape[-2:]
-    taps = rows * columns
+def tap_places(
+    offset: Tensor, kernel: Sequence[int], stride: int, padding: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Where every tap reads, in pixels.
 
-    def places(length: int) -> Tensor:
-        return torch.arange(length, device=x.device, dtype=x.dtype)
+    Args:
+        offset: [B, 2 * K, h, w].
+        kernel: its rows and columns.
+        stride: see modulated_deform_conv, as padding and dilation.
+        padding: in pixels.
+        dilation: in pixels.
 
-    tap_y, tap_x = torch.meshgrid(places(rows), places(columns), indexing="ij")
-    dy, dx = offset.view(batch, taps, 2, out_rows, out_columns).unbind(2)
-    start_y = (places(out_rows) * stride - padding).view(1, 1, -1, 1)
-    start_x = (places(out_columns) * stride - padding).view(1, 1, 1, -1)
-    y = start_y + (tap_y * dilation).view(1, -1, 1, 1) + dy  # B, K, h, w
-    x_at = start_x + (tap_x * dilation).view(1, -1, 1, 1) + dx
-    # grid_sample counts from the outer edge of the first pixel (-1) to that of the last (1).
-    grid = torch.stack([(2 * x_at + 1) / width - 1, (2 * y + 1) / height - 1], -1)
-    sampled = F.grid_sample(
-        x, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
-    sampled = sampled.view(batch, channels, taps, -1) * mask.view(batch, 1, taps, -1)
-    return sampled.flatten(1, 2)
+    Returns:
+        y and x, each [B, h * w, K].
+    """
+    rows, columns = offset.shape[-2:]
+
+    def places(length: int, step: int, start: int = 0) -> Tensor:
+        return torch.arange(length, device=offset.device, dtype=offset.dtype) * step + start
+
+    dy, dx = offset.unflatten(1, (-1, 2)).permute(2, 0, 3, 4, 1).contiguous()  # B, h, w, K
+    tap_y = places(kernel[0], dilation).repeat_interleave(kernel[1])
+    tap_x = places(kernel[1], dilation).repeat(kernel[0])
+    y = dy + (places(rows, stride, -padding).view(-1, 1, 1) + tap_y)
+    x = dx + (places(columns, stride, -padding).view(-1, 1) + tap_x)
+    return y.flatten(1, 2), x.flatten(1, 2)
 
 
 class ModulatedDeformConv(nn.Module):
@@ -116,12 +127,17 @@ class ModulatedDeformConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, O, h, w]."""
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same with another kernel of the same shape, and a bias [O]."""
         offset, mask = self.conv_offset(x).split([2 * self.KERNEL**2, self.KERNEL**2], 1)
         return modulated_deform_conv(
             x,
             offset,
             mask.sigmoid(),
-            self.weight,
+            weight,
+            bias,
             stride=self.stride,
             padding=self.dilation,
             dilation=self.dilation,

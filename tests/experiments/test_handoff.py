@@ -1,6 +1,7 @@
 """Cards vouch for weights."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,15 @@ from experiments.handoff import (
     Card,
     check_handoff,
     data_fingerprint,
+    learned_dialect,
     load_handoff,
     read_card,
 )
+from experiments.schema import ExperimentConfig
+from experiments.tiny import tiny
+from odvla.config import to_tree
 from odvla.errors import UserError
+from odvla.language.prompts import Dialect
 from odvla.weights import file_sha256, save_weights
 
 
@@ -30,7 +36,7 @@ def handoff(tmp_path) -> Path:
     Card(
         experiment="e",
         stage="alignment",
-        config={"model": {"dim": 2}},
+        config={"model": to_tree(Model(2))},
         stage_hash="s",
         git_commit="c",
         data_fingerprint="d",
@@ -49,13 +55,48 @@ def handoff(tmp_path) -> Path:
     return folder
 
 
-def test_a_handoff_is_loaded_and_a_changed_model_is_reported(handoff, caplog):
-    model = nn.Linear(2, 2)
-    card = load_handoff(handoff, "planning", model, {"dim": 2})
+@dataclass(frozen=True)
+class Model:
+    """Stands for a model config."""
+
+    dim: int
+
+
+def experiment(dim=2, **changes):
+    """What load_handoff looks at of an experiment."""
+    return replace(tiny(), model=Model(dim), dialect=Dialect("odvla"), **changes)
+
+
+def test_a_handoff_is_loaded_and_a_changed_model_is_reported(handoff, caplog, monkeypatch):
+    monkeypatch.setattr(ExperimentConfig, "__post_init__", lambda self: None)
+    model, config = nn.Linear(2, 2), experiment()
+    card = load_handoff(handoff, "planning", model, config)
     assert card.stage == "alignment"
     assert not caplog.records
-    load_handoff(handoff, "planning", model, {"dim": 3})
+    load_handoff(handoff, "planning", model, experiment(3))
     assert "dim 2 -> 3" in caplog.text
+
+
+def test_another_dialect_is_refused_unless_forced(handoff, caplog, monkeypatch):
+    monkeypatch.setattr(ExperimentConfig, "__post_init__", lambda self: None)
+    model = nn.Linear(2, 2)
+    spoken = replace(read_card(handoff), dialect=Dialect("compact").identity())
+    spoken.write(handoff)
+    with pytest.raises(UserError, match=r"trained on dialect .compact., .* speaks .odvla.: plans"):
+        load_handoff(handoff, "planning", model, experiment())
+    load_handoff(handoff, "planning", model, experiment(force_dialect=True))
+    assert "forced: the handoff" in caplog.text
+    same = replace(experiment(), dialect=Dialect("compact"))
+    assert load_handoff(handoff, "planning", model, same).dialect["name"] == "compact"
+
+
+def test_weights_speak_the_dialect_they_last_learned(handoff):
+    compact, odvla = Dialect("compact"), Dialect("odvla")
+    parent = replace(read_card(handoff), dialect=compact.identity())
+    assert learned_dialect(["encoder", "queries"], odvla, None) is None
+    assert learned_dialect(["encoder", "queries"], odvla, parent) == compact.identity()
+    for part in ("projectors", "language"):
+        assert learned_dialect([part], odvla, parent) == odvla.identity()
 
 
 @pytest.mark.parametrize("stage", ["language", "perception", "alignment"])

@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from experiments.cli import main
+from experiments.parity import maps
 from experiments.parity.golden import Check, Golden
 from experiments.parity.run import CASES, NOT_YET, cases, run_case, run_parity
 from experiments.verbs.parser import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR
@@ -26,10 +27,21 @@ RUN = (
     "b_rotate_unit",
     "c_track_decoder",
     "d_track_memory_qim",
+    "e_clip_matcher",
     "f_msda_unit",
+    "f_panseg_levels1",
+    "f_panseg_levels4",
+    "g_glue_mlp2x_gelu",
+    "g_glue_qwen2_5_rms",
+    "h_planning_metric",
     "i_retrieve_traj",
+    "j_label_mask",
+    "j_prompts",
     "k_e2e",
     "k_e2e_zeroed",
+    "l_panseg_loss",
+    "m_sdc_labels",
+    "n_track_train_clip",
 )
 
 
@@ -41,7 +53,7 @@ def test_a_case_is_equal_to_the_reference(golden, stem):
     assert len(outcome.checks) >= 2
 
 
-def test_all_cases_of_the_vision_tower_are_known(golden):
+def test_all_cases_are_known(golden):
     found = cases(golden.folder)
     assert set(RUN) <= set(found)
     others = [stem for stem in found if stem not in RUN]
@@ -61,6 +73,17 @@ def spoiled(shared, tmp_path):
     save_file(tensors, tmp_path / "b_rotate_unit.safetensors")
     (tmp_path / "index.json").write_text("{}")
     return tmp_path
+
+
+def test_a_letter_that_differs_is_a_failure(shared, tmp_path):
+    facts = json.loads((shared / "golden" / "j_prompts.json").read_text())
+    facts["records"][1]["inference_prompt"] += " "
+    (tmp_path / "j_prompts.json").write_text(json.dumps(facts))
+    (tmp_path / "index.json").write_text("{}")
+    outcome = run_case(Golden(tmp_path), "j_prompts")
+    assert [check.name for check in outcome.checks if not check.passed] == [
+        "tok1_trajectory/prompt"
+    ]
 
 
 def test_a_difference_is_a_failure_with_its_array(spoiled):
@@ -99,3 +122,76 @@ def test_what_is_not_finite_or_of_another_size_never_passes():
     assert not nan.passed
     assert not longer.passed
     assert Check("x", torch.zeros(0, 3), torch.zeros(0, 3)).passed
+
+
+# What a case of the map head must notice, however near-ties are settled.
+SPOILS = {
+    "chosen_positions": lambda t: t.roll(1),
+    "chosen_output_query_things": lambda t: t.roll(1, 0),
+    "raw_bbox_index": lambda t: t.flip(0),
+    "labels": lambda t: 2 - t,
+    "bbox": lambda t: t.flip(0),
+    "segm": lambda t: 1 - t,
+    "drivable": lambda t: 1 - t,
+    "lane": lambda t: t.flip(1),
+    "panoptic": lambda t: t.flip(0),
+    "things_mask_inter0": lambda t: t + 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def copied(shared, tmp_path_factory):
+    """A directory with one case of the map head that can be spoiled."""
+    folder = tmp_path_factory.mktemp("golden")
+    (folder / "index.json").write_text("{}")
+    shutil.copy(shared / "golden" / "f_panseg_levels4.json", folder)
+    return folder, load_file(shared / "golden" / "f_panseg_levels4.safetensors")
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_near_ties_hide_no_difference_of_the_map_head(copied, name):
+    folder, tensors = copied
+    spoiled = {**tensors, f"out/{name}": SPOILS[name](tensors[f"out/{name}"]).contiguous()}
+    save_file(spoiled, folder / "f_panseg_levels4.safetensors")
+    outcome = run_case(Golden(folder), "f_panseg_levels4")
+    assert not outcome.passed
+    wrong = {check.name for check in outcome.checks if not check.passed}
+    assert name in wrong or outcome.failure
+
+
+def test_near_ties_may_swap(copied):
+    folder, tensors = copied
+    changed = dict(tensors)
+    scores = changed["out/raw_bbox"][:, 4]
+    first = int(scores.diff().abs().argmin())  # two neighbours, swapped as if they were a tie
+    swap = torch.arange(len(scores))
+    swap[[first, first + 1]] = swap[[first + 1, first]]
+    for name in ("raw_bbox", "raw_bbox_index", "raw_labels", "output_query_things"):
+        changed[f"out/{name}"] = changed[f"out/{name}"][swap].contiguous()
+    for name in ("things_mask", "things_query_first", "things_query_last", "things_mask_inter0"):
+        changed[f"out/{name}"] = changed[f"out/{name}"][:, swap].contiguous()
+    chosen = changed["out/chosen_positions"]
+    changed["out/chosen_output_query_things"] = changed["out/output_query_things"][chosen]
+    save_file(changed, folder / "f_panseg_levels4.safetensors")
+    gap = float(scores.diff().abs().min())
+    assert gap > maps.TIE
+    assert not run_case(Golden(folder), "f_panseg_levels4").passed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maps, "TIE", 1.1 * gap)
+        outcome = run_case(Golden(folder), "f_panseg_levels4")
+    assert [check.name for check in outcome.checks if not check.passed] == []
+    assert outcome.passed
+
+
+def test_a_map_head_of_another_kind_is_refused_with_its_setting(copied):
+    folder, tensors = copied
+    save_file(tensors, folder / "f_panseg_levels4.safetensors")
+    facts = json.loads((folder / "f_panseg_levels4.json").read_text())
+    kept = json.dumps(facts)
+    facts["cfg"]["as_two_stage"] = True
+    (folder / "f_panseg_levels4.json").write_text(json.dumps(facts))
+    outcome = run_case(Golden(folder), "f_panseg_levels4")
+    (folder / "f_panseg_levels4.json").write_text(kept)
+    assert outcome.failure == (
+        "UserError: seg_head.as_two_stage is True; the map head knows False only"
+    )

@@ -7,8 +7,9 @@ import torch
 
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.errors import UserError
+from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.trackformer import TrackFormerConfig
-from odvla.weight_names import UNUSED, from_uniad, to_odvla, to_uniad
+from odvla.weight_names import UNIAD, UNUSED, to_odvla
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,12 @@ def released(shared):
 
 
 def test_every_released_weight_is_mapped_once_or_unused_with_a_reason(released):
-    renamed = from_uniad(released)
+    renamed = UNIAD.to_ours(released)
     assert renamed.unknown == ()
     assert set(renamed.unused) == set(UNUSED)
     assert len(renamed.names) + len(renamed.unused) == len(released)
     assert len(set(renamed.names.values())) == len(renamed.names)
-    back = to_uniad(renamed.names.values())
+    back = UNIAD.to_theirs(renamed.names.values())
     assert back.unknown == ()
     assert {old: back.names[new] for old, new in renamed.names.items()} == {
         old: old for old in renamed.names
@@ -30,18 +31,20 @@ def test_every_released_weight_is_mapped_once_or_unused_with_a_reason(released):
 
 
 def test_the_full_size_tower_has_exactly_the_released_shapes(released):
-    names = from_uniad(released).names
+    names = UNIAD.to_ours(released).names
     shapes = {new: tuple(released[old]["shape"]) for old, new in names.items()}
     with torch.device("meta"):
         encoder = BEVFormerConfig().build()
         tracks = TrackFormerConfig().build(256, encoder.grid)
+        elements = PanopticMapConfig(compat="uniad").build(256, encoder.grid)
     own = {f"encoder.{n}": tuple(t.shape) for n, t in encoder.state_dict().items()}
     own |= {f"queries.track.{n}": tuple(t.shape) for n, t in tracks.state_dict().items()}
-    assert own == {n: s for n, s in shapes.items() if not n.startswith("queries.map.")}
+    own |= {f"queries.map.{n}": tuple(t.shape) for n, t in elements.state_dict().items()}
+    assert own == shapes
 
 
 def test_old_names_of_deformable_offsets_are_understood():
-    renamed = from_uniad(["img_backbone.layer3.4.conv2_offset.weight"])
+    renamed = UNIAD.to_ours(["img_backbone.layer3.4.conv2_offset.weight"])
     assert list(renamed.names.values()) == ["encoder.backbone.layer3.4.conv2.conv_offset.weight"]
 
 

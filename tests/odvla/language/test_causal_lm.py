@@ -1,10 +1,21 @@
 """The language model: Hugging Face's loss, room for added tokens, weights from a folder."""
 
+import importlib.util
+import re
+
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from odvla.errors import UserError
-from odvla.language.causal_lm import LanguageConfig
+from odvla.freezing import FreezePlan
+from odvla.language.causal_lm import LanguageConfig, LoraConfig, qwen2_5
 from odvla.language.splice import Spliced
 from odvla.types import IGNORE_INDEX
 
@@ -67,6 +78,121 @@ def test_sizes_that_do_not_fit_are_named(change, message):
         LanguageConfig(**(SMALL | change))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/at-all/really", "language.pretrained nowhere/at-all/really is not a folder"),
+        (
+            "Nobody/NoModel-0.5B",
+            "Nobody/NoModel-0.5B is not on this machine; fetch it with: "
+            "hf download Nobody/NoModel-0.5B",
+        ),
+    ],
+)
+def test_a_model_that_is_not_here_is_named_with_the_command_that_fetches_it(
+    name, message, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(message)):
+        LanguageConfig(pretrained=name).build(40)
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path.name} is not a model folder"):
+    with pytest.raises(UserError, match=f"{tmp_path.name} is not a model folder: .* no config"):
         LanguageConfig(pretrained=str(tmp_path)).build(40)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"its config\.json is broken"):
+        LanguageConfig(pretrained=str(tmp_path)).build(40)
+    (tmp_path / "config.json").write_text(Qwen2Config().to_json_string())
+    with pytest.raises(UserError, match=f"{tmp_path.name} cannot be loaded"):
+        LanguageConfig(pretrained=str(tmp_path)).build(40)
+
+
+# Parameters of the published models, embeddings of the input counted once where they are tied.
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("0.5B", 494_032_768), ("3B", 3_085_938_688), ("7B", 7_615_616_512)],
+)
+def test_published_sizes_build_without_their_files(size, parameters):
+    with torch.device("meta"):
+        language = qwen2_5(size).build(151_682)
+    assert sum(p.numel() for p in language.parameters()) == parameters
+    assert language.max_positions == 32_768
+    assert {p.device.type for p in language.parameters()} == {"meta"}
+
+
+def test_there_are_no_other_sizes():
+    with pytest.raises(UserError, match=r"comes in 0\.5B, 3B, 7B, not '13B'"):
+        qwen2_5("13B")
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, GPTNeoXConfig])
+def test_any_causal_lm_of_hugging_face(kind, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
+    AutoModelForCausalLM.from_config(
+        kind(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    ).save_pretrained(tmp_path)
+    language = LanguageConfig(pretrained=str(tmp_path)).build(40)
+    ids = torch.randint(40, (2, 6))
+    batch = spliced(language, ids, [6, 6], ids.clone())
+    loss, _, _ = language(batch)
+    theirs = language.model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(loss, theirs.loss)
+    assert len(language.layers) == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_implementations_agree(attention):
+    torch.manual_seed(0)
+    plain = LanguageConfig(**SMALL).build(40)
+    other = LanguageConfig(**SMALL, attention=attention, gradient_checkpointing=True).build(40)
+    other.load_state_dict(plain.state_dict())
+    ids = torch.randint(40, (2, 6))
+    losses = []
+    for language in (plain, other.train()):
+        language.zero_grad()
+        loss = language(spliced(language, ids, [6, 4], ids))[0]
+        loss.backward()
+        losses.append((loss, language.model.model.layers[0].self_attn.q_proj.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1])
+    assert other.model.config._attn_implementation == attention
+
+
+def test_flash_attention_that_cannot_run_is_refused():
+    if importlib.util.find_spec("flash_attn") and torch.cuda.is_available():
+        pytest.skip("it can run here")
+    with pytest.raises(UserError, match="needs a GPU and the package flash-attn"):
+        LanguageConfig(**SMALL, attention="flash_attention_2").build(40)
+
+
+def test_rows_of_ids_that_were_never_trained_start_as_the_mean(tmp_path):
+    torch.manual_seed(0)
+    LanguageConfig(**SMALL, tie_embeddings=False).build(40).model.save_pretrained(tmp_path)
+    config = LanguageConfig(pretrained=str(tmp_path))
+    plain, fresh = config.build(37), config.build(37, (35, 36))
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(m.model, name)().weight for m in (plain, fresh))
+        torch.testing.assert_close(new[35:37], old[:35].mean(0).expand(2, -1))
+        assert torch.equal(new[:35], old[:35])
+        assert torch.equal(new[37:], old[37:])
+
+
+def test_adapters_start_as_nothing_and_learn_alone():
+    torch.manual_seed(0)
+    plain = LanguageConfig(**SMALL).build(40)
+    adapted = LanguageConfig(**SMALL, lora=LoraConfig(rank=2)).build(40)
+    renamed = {n.replace(".base_layer.", "."): n for n in adapted.state_dict()}
+    adapted.load_state_dict({renamed[n]: t for n, t in plain.state_dict().items()}, strict=False)
+    chosen = FreezePlan(("*lora_*",)).apply(adapted)
+    assert len(chosen) == 2 * 2 * 7  # matrices, layers, targets
+    ids = torch.randint(40, (2, 6))
+    losses = [model(spliced(model, ids, [6, 4], ids))[0] for model in (plain, adapted)]
+    torch.testing.assert_close(losses[0], losses[1])
+    losses[1].backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert trained == chosen
+    with pytest.raises(UserError, match="has no 'wq'"):
+        LanguageConfig(**SMALL, lora=LoraConfig(targets=("wq",))).build(40)
+    with pytest.raises(UserError, match="rank must be at least 1"):
+        LoraConfig(rank=0)

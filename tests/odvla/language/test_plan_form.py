@@ -70,8 +70,8 @@ def test_a_conversation_tells_its_form():
         assert PlanForm.from_meta(form.as_meta()) == form
 
 
-def test_the_paper_writes_points():
-    assert Dialect("reference").plan_form == PlanForm("points", 2)
+def test_shipped_dialects_write_points_and_changes():
+    assert Dialect("odvla").plan_form == PlanForm("points", 2)
     assert Dialect("compact").plan_form == PlanForm("changes", 1)
 
 

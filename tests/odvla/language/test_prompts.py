@@ -1,15 +1,21 @@
-"""What a dialect says: the paper's requests to the letter, nothing hidden, mistakes named."""
+"""What a dialect says: units as named, nothing hidden, mistakes named."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from odvla.errors import UserError
-from odvla.language.prompts import KINDS, Dialect
-from odvla.language.waypoints import format_waypoints
+from odvla.language import dialect_file
+from odvla.language.dialect_file import KINDS, shipped_dialects, write_dialect
+from odvla.language.prompts import Dialect
 from odvla.types import EgoState
+
+UNITS = {"velocity": "m/s", "heading_speed": "m/s", "acceleration": "m/s^2"}
+TRAINING = {"labels": "answer_only", "doubled_system_head": False, "default_system": ""}
 
 
 def ego_state(**changes):
@@ -26,28 +32,41 @@ def ego_state(**changes):
     return EgoState(**tensors, command=torch.tensor([1]))
 
 
-def test_the_reference_dialect_words_plans_as_the_released_code_does(shared):
-    records = json.loads((shared / "golden" / "j_prompts.json").read_text())["records"]
-    for case in records:
-        record = case["record"]
-        lcf = record["gt_ego_lcf_feat"]
-        steps = torch.tensor(record["gt_ego_his_diff"], dtype=torch.float64)
-        ego = EgoState(
-            velocity=torch.tensor([lcf[:2]], dtype=torch.float64),
-            yaw_rate=torch.tensor([lcf[4]], dtype=torch.float64),
-            acceleration=(steps[-1] - steps[-2])[None],
-            can_accel=torch.tensor([lcf[2:4]], dtype=torch.float64),
-            heading_speed=torch.tensor([lcf[7]], dtype=torch.float64),
-            steering=torch.tensor([lcf[8]], dtype=torch.float64),
-            history=torch.tensor([record["gt_ego_his_trajs"][:4]], dtype=torch.float64),
-            command=torch.tensor([int(torch.tensor(record["gt_ego_fut_cmd"]).argmax())]),
-        )
-        system, user, assistant = Dialect().turns(
-            "plan", format_waypoints(record["gt_ego_fut_trajs"][1:]), ego
-        )
-        assert (system.role, user.role, assistant.role) == ("system", "user", "assistant")
-        assert user.text == case["question"]
-        assert assistant.text == case["answer"].replace("-0.00", "0.00")
+def test_the_default_dialect_tells_the_car_state_in_the_units_it_names():
+    system, user = Dialect().turns("plan", None, ego_state())
+    assert system.role == "system"
+    motion = next(line for line in user.text.splitlines() if line.startswith("Own motion"))
+    # EgoState's acceleration is metres a step and step: 4 times as much in m/s2.
+    assert "velocity (0.50,3.25) m/s" in motion
+    assert "acceleration (0.00,3.00) m/s2" in motion
+    assert "speed 6.50 m/s" in motion
+    assert "[(-4.00,-3.00),(-2.00,-2.00),(-1.00,-1.00),(0.00,-0.50)]" in user.text
+    assert user.text.endswith("Wanted: turn left\nYour plan: <trajectory>")
+
+
+def test_units_commands_and_signed_zeros_are_the_files(tmp_path):
+    content = dict(Dialect().wording.content)
+    units = {"velocity": "m/(0.5 s)", "heading_speed": "m/s", "acceleration": "m/(0.5 s)^2"}
+    content |= {"units": units, "signed_zero": True, "commands": ["a", "b", "c"]}
+    write_dialect(content, tmp_path / "odd.yaml")
+    dialect = Dialect(str(tmp_path / "odd.yaml"))
+    fields = dialect.ego_fields(ego_state())
+    assert (fields["vx"], fields["vy"], fields["speed"]) == ("0.25", "1.62", "6.50")
+    assert (fields["ax"], fields["ay"]) == ("-0.00", "0.75")
+    assert fields["command"] == "b"
+    plan = [[-0.001, 1.0]] * 6
+    assert dialect.plan_answer(plan, (0.0, 0.0)).count("(-0.00,1.00)") == 6
+    assert Dialect().plan_answer(plan, (0.0, 0.0)).count("(0.00,1.00)") == 6
+
+
+def test_no_text_of_the_paper_is_shipped(shared):
+    case = json.loads((shared / "golden" / "j_prompts.json").read_text())
+    theirs = {line.strip(" -:") for line in case["system_prompt"].splitlines()}
+    theirs |= {re.split(r"[:(]", line)[0] for line in case["records"][0]["question"].splitlines()}
+    theirs = {text for text in theirs if len(text.split()) > 1}
+    for name in shipped_dialects():
+        text = (Path(dialect_file.__file__).parent / f"{name}.yaml").read_text()
+        assert [line for line in theirs if line in text] == []
 
 
 def test_the_compact_dialect_tells_everything_a_plan_needs():
@@ -55,7 +74,7 @@ def test_the_compact_dialect_tells_everything_a_plan_needs():
     assert user.text.endswith("<EGO>v(0.50,3.25)\ngoal turn left\nplan<trajectory>")
 
 
-@pytest.mark.parametrize("name", ["reference", "compact"])
+@pytest.mark.parametrize("name", ["odvla", "compact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_shows_its_question_and_object_and_never_its_answer(name, kind):
     turns = Dialect(name).turns(kind, "the answer", ego_state(), "Is it raining?")
@@ -70,9 +89,9 @@ def test_every_kind_shows_its_question_and_object_and_never_its_answer(name, kin
 def test_an_ablation_leaves_its_part_out_and_nothing_else():
     whole = Dialect().request("plan", ego_state()).splitlines()
     for part, start in (
-        ("ego", "Ego states"),
-        ("history", "Historical"),
-        ("command", "Mission"),
+        ("ego", "Own motion"),
+        ("history", "Own places"),
+        ("command", "Wanted"),
     ):
         lines = Dialect(without=(part,)).request("plan", ego_state()).splitlines()
         assert lines == [line for line in whole if not line.startswith(start)]
@@ -80,20 +99,26 @@ def test_an_ablation_leaves_its_part_out_and_nothing_else():
 
 def test_object_captions_tell_the_place():
     text = Dialect().object_caption_answer("A red car is parked.", -20.149, 41.87)
-    assert text == "A red car is parked. The BEV coordinate is (-20.15,41.87)."
+    assert text == "A red car is parked. It is at (-20.15,41.87)."
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"speed_scale": "fast"}, "speed_scale must be a float"),
+        ({"signed_zero": "yes"}, "signed_zero must be a bool"),
+        ({"units": {"velocity": "m/s"}}, "units must be those of velocity"),
+        ({"units": UNITS | {"velocity": "km/h"}}, "velocity is m/s or m/.0.5 s., not 'km/h'"),
+        ({"commands": ["left", "right"]}, "commands must be 3 texts"),
+        ({"training": {"labels": "all"}}, "training must tell labels"),
+        ({"training": TRAINING | {"labels": "all"}}, "answer_only or reference, not 'all'"),
         ({"more": 1}, "no others"),
-        ({"requests": {"plan": ["scene"]}}, "requests must be plan"),
+        ({"requests": {"qa": ["scene"]}}, "requests must be plan"),
+        ({"requests": {"plan": ["scene"], "song": ["scene"]}}, "requests must be plan"),
         ({"lines": {"scene": "{velocity}"}}, "unknown {velocity}"),
         ({"lines": {"scene": "{vx"}}, "unbalanced braces"),
         ({"lines": {}}, "uses unknown line 'scene'"),
         ({"answers": {"caption_object": "{caption}"}}, "must tell caption, x and y"),
-        ({"plan": {"values": "points"}}, "plan must tell values and decimals"),
+        ({"plan": {"values": "points"}}, "plan must tell values .str., decimals"),
         ({"plan": {"values": "curves", "decimals": 2}}, "not 'curves'"),
         ({"plan": {"values": "steps", "decimals": 3}}, "1 or 2 decimals, not 3"),
     ],
@@ -104,8 +129,10 @@ def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
         "lines": {"scene": "<SCENE>"},
         "requests": {kind: ["scene"] for kind in KINDS},
         "answers": {"caption_object": "{caption}{x}{y}"},
-        "speed_scale": 1.0,
+        "commands": ["right", "left", "on"],
+        "units": UNITS,
         "signed_zero": False,
+        "training": TRAINING,
         "plan": {"values": "points", "decimals": 2},
     }
     good = tmp_path / "good.yaml"
@@ -118,7 +145,7 @@ def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
 
 
 def test_what_cannot_be_said_is_refused():
-    with pytest.raises(UserError, match="'klingon' is neither a file nor one of compact, refer"):
+    with pytest.raises(UserError, match="'klingon' is neither a file nor one of compact, odvla"):
         Dialect("klingon")
     with pytest.raises(UserError, match="not 'vision'"):
         Dialect(without=("vision",))
@@ -128,3 +155,20 @@ def test_what_cannot_be_said_is_refused():
         Dialect().turns("song", None, ego_state())
     with pytest.raises(UserError, match="ego state, which is missing"):
         Dialect().turns("plan", None, None)
+    with pytest.raises(UserError, match=r"dialect\.labels is answer_only or reference, not 'all'"):
+        Dialect(labels="all")
+
+
+def test_another_dialect_is_another_identity(tmp_path):
+    path = tmp_path / "mine.yaml"
+    write_dialect(Dialect().wording.content, path)
+    same = Dialect(str(path))
+    kept = same.identity()
+    Dialect().check_same(json.loads(json.dumps(kept)), "the weights w")  # as a card keeps it
+    with pytest.raises(UserError, match=r"w was trained on dialect '.*mine\.yaml', .*'compact'"):
+        Dialect("compact").check_same(kept, "the weights w")
+    with pytest.raises(UserError, match="speaks 'odvla' without history"):
+        Dialect(without=("history",)).check_same(kept, "the weights w")
+    other = kept | {"name": "odvla", "sha256": "0"}
+    with pytest.raises(UserError, match="'odvla' with other texts"):
+        Dialect().check_same(other, "the weights w")

@@ -1,5 +1,7 @@
 """Splicing equals a slow loop over ids, for any order and number of slots."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,9 +82,11 @@ def test_splicing_equals_the_slow_loop(data):
     width = streams["track"][0].shape[1] if "track" in streams else 0
     chosen = torch.tensor([data.draw(st.integers(-1, width - 1)) for _ in rows])
     text = torch.randn(*talk.input_ids.shape, D, generator=generator)
+    length = data.draw(st.sampled_from([None, 1, 4, 99]))
     for pad_left in (False, True):
-        spliced = splice(text, talk, streams, chosen, pad_left=pad_left)
+        spliced = splice(text, talk, streams, chosen, pad_left=pad_left, max_length=length)
         for g, (embeds, labels) in enumerate(slow_splice(text, talk, streams, chosen)):
+            embeds, labels = embeds[:length], labels[:length]
             real = spliced.attention_mask[g]
             assert torch.equal(spliced.embeds[g][real], torch.stack(embeds))
             assert spliced.labels[g][real].tolist() == labels
@@ -124,3 +128,20 @@ def test_an_object_is_the_nearest_valid_track_within_the_limit(limit_m):
     expected = [0 if limit_m > 1 else -1, 1, -1, -2]
     assert match_objects(talk, tracks, limit_m).tolist() == expected
     assert match_objects(talk, None, limit_m).tolist() == [-1, -1, -1, -2]
+
+
+def test_an_object_may_be_a_track_by_its_id():
+    predictions = AgentPredictions(
+        (torch.zeros(2, 3, 10),),
+        (torch.zeros(2, 3, 9),),
+        torch.tensor([[5, -1, 8], [8, 5, 9]]),
+        torch.zeros(2, 3, dtype=torch.int64),
+    )
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    order = torch.tensor([[2, 0, 1], [0, 1, 2]])  # tokens are queries 2, 0, (1) and 0, 1, 2
+    tracks = TokenSet("track", torch.zeros(2, 3, D), mask, predictions, order)
+    slot = SLOT_IDS["<OBJECT>"]
+    talk = talk_of([[1, slot]] * 5, [0, 0, 1, 1, 1])
+    talk = replace(talk, object_tracks=torch.tensor([5, 9, 5, 9, -1]))
+    talk.object_boxes[4] = float("nan")
+    assert match_objects(talk, tracks, 2.0).tolist() == [1, -1, 1, 2, -1]

@@ -7,10 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from odvla.errors import UserError
 from odvla.fake_batch import fake_tokenizer
-from odvla.language.tokenizer import TAGS, ChatTokenizer, train_tokenizer
+from odvla.language.dialect_file import TrainingStream
+from odvla.language.tokenizer import TAGS, ChatTokenizer, chat_text, train_tokenizer
 from odvla.types import IGNORE_INDEX, SLOT_IDS, Conversation, Turn
 
 TEXTS = [
@@ -157,3 +160,79 @@ def test_what_cannot_be_a_chat_is_refused(tmp_path):
         train_tokenizer(TEXTS, 100)
     with pytest.raises(UserError, match=r"no tokenizer\.json in"):
         ChatTokenizer.load(tmp_path)
+
+
+def reference_labels(tokenizer, conversation, stream):
+    """Slowly, message by message: the whole of an answer's, marks and newlines of the others."""
+    marks = {tokenizer.text_ids(text)[0] for text in ("\n", "<|im_start|>", "<|im_end|>", *TAGS)}
+    ids, labels = [], []
+    for turn in conversation.turns:
+        head = f"<|im_start|>{turn.role}\n"
+        if turn.role == "system" and stream.doubled_system_head:
+            head += head
+        if turn.role != "system" and stream.default_system:
+            head = f"<|im_start|>system\n{stream.default_system}<|im_end|>\n" + head
+        new = tokenizer.text_ids(f"{head}{turn.text}<|im_end|>\n")
+        ids += new
+        labels += [i if turn.role == "assistant" or i in marks else IGNORE_INDEX for i in new]
+    return ids, labels
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("default_system", ["", "Be kind."])
+def test_reference_labels_are_whole_answers_and_marks_elsewhere(tokenizer, doubled, default_system):
+    stream = TrainingStream("reference", doubled, default_system)
+    conversation = talk_of("Drive.\nWell.", "Look: <scene_start><SCENE><scene_end>?", "A car.")
+    encoded = tokenizer.encode(conversation, stream)
+    assert (encoded.ids, encoded.labels) == reference_labels(tokenizer, conversation, stream)
+    assert tokenizer.tokenizer.decode([i for i in encoded.ids if i >= 0]) == chat_text(
+        conversation, stream
+    ).replace("<SCENE>", "")
+    assert encoded.labels[encoded.ids.index(SLOT_IDS["<SCENE>"])] == IGNORE_INDEX
+
+
+def test_quirks_change_what_is_read_and_not_what_is_learned():
+    tokenizer = train_cached()
+    conversation = talk_of("Drive.", "Look!", "A car.")
+    for quirks in ((True, ""), (False, "Be kind."), (True, "Be kind.")):
+        plain = tokenizer.encode(conversation)
+        quirky = tokenizer.encode(conversation, TrainingStream("answer_only", *quirks))
+        assert len(quirky.ids) > len(plain.ids)
+        due = [[i for i in e.labels if i != IGNORE_INDEX] for e in (plain, quirky)]
+        assert due[0] == due[1]
+
+
+def test_tags_may_stay_text(request, tmp_path):
+    folder = request.getfixturevalue("shared") / "tokenizer" / "qwen2.5"
+    spelled, tagged = ChatTokenizer.load(folder, add_tags=False), qwen(request)
+    assert len(spelled.text_ids("<traj_start>")) > 1
+    assert spelled.decode(spelled.text_ids("<traj_start>")) == "<traj_start>"
+    assert len(tagged) - len(spelled) == len(TAGS) == len(tagged.added_ids)
+    assert spelled.added_ids == ()
+    for tokenizer in (spelled, tagged):
+        tokenizer.save(tmp_path)
+        again = ChatTokenizer.load(tmp_path)
+        assert (len(again), again.added_ids) == (len(tokenizer), tokenizer.added_ids)
+
+
+@pytest.mark.parametrize(
+    ("words", "lacking"), [(["<|im_start|>", "a"], "<|im_end|>"), (["a", "<|im_end|>"], "<|im_st")]
+)
+def test_a_tokenizer_without_a_needed_token_is_refused(words, lacking):
+    ids = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
+    with pytest.raises(UserError, match=re.escape(f"no token {lacking}")):
+        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_an_answer_of_no_length_is_its_end():
+    tokenizer = train_cached()
+    encoded = tokenizer.encode(talk_of("Drive.", "Look!", ""))
+    assert [i for i in encoded.labels if i != IGNORE_INDEX] == [tokenizer.end_id]
+
+
+def test_an_object_may_be_named_by_its_track():
+    conversation = Conversation("c", "", "qa", (Turn("user", "<OBJECT>?"),), "", object_track=7)
+    talk = fake_tokenizer().tokenise([conversation, talk_of("", "Hi")], [0, 0])
+    assert talk.object_tracks.tolist() == [7, -1]
+    assert talk.object_boxes.isnan().all()
