@@ -340,7 +340,7 @@ def limits(
     most = max(parts, key=lambda name: parts[name])
     limit = f"the limit is {most.partition(':')[0]}"
     if sum(parts.values()) < total / 2:
-        limit = "the limit is none of these: the calls of many small operations are"
+        limit = "the limit is none of these: calls of many small operations, or a busy machine"
     return "\n".join([*lines, f"  {limit}"])
 
 
