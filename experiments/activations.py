@@ -97,7 +97,6 @@ def _freeze(model: nn.Module, plan: FreezePlan) -> None:
     """What a plan says about a part of the model; it may train nothing of it."""
     names = dict(model.named_parameters())
 
-
     def fits(name: str, patterns: tuple[str, ...]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -162,9 +162,7 @@ def memory_of(
         )
     if sharing == "deepspeed_2":
         exchange = gradients
-        gradients, optimiser, step = (
-            -(-part // devices) for part in (gradients, optimiser, step)
-        )
+        gradients, optimiser, step = (-(-part // devices) for part in (gradients, optimiser, step))
     return Memory(weights, gradients, optimiser, exchange, activations, step)
 
 

@@ -54,9 +54,7 @@ def random_model(config: ExperimentConfig) -> tuple[DrivingVLA, ChatTokenizer]:
         return replace(config.model, language=language).build(tokenizer), tokenizer
 
 
-def trial(
-    config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: ChatTokenizer
-) -> Trial:
+def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: ChatTokenizer) -> Trial:
     """A stage on a batch of noise of the experiment's sizes."""
     settings, data = config.stages.of(stage), getattr(config.data, stage)
     settings.freeze.apply(vla)
@@ -74,7 +72,9 @@ def trial(
         dialect=config.dialect,
     )
     batch = batch.to(next(vla.parameters()).device)
-    return Trial(module, module.configure_optimizers()["optimizer"], batch, config.trainer.precision)
+    return Trial(
+        module, module.configure_optimizers()["optimizer"], batch, config.trainer.precision
+    )
 
 
 def measured_throughput(config: ExperimentConfig, stage: str) -> float:
@@ -91,4 +91,3 @@ def measured_throughput(config: ExperimentConfig, stage: str) -> float:
     talk = ready.batch.talk
     samples = len(ready.batch.valid) if talk is None else len(talk.conversations)
     return samples / seconds * config.trainer.devices
-
