@@ -50,6 +50,7 @@ from experiments.strategies import evaluation_strategy, is_sharded, strategy_of
 from experiments.tracking import Tracker
 from odvla.config import flat, to_tree
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.ops.backends import describe_backend
 from odvla.token_memory import TokenMemory
 from odvla.vla import DrivingVLA
 from odvla.weights import file_sha256, load_weights, save_weights, write_atomically
@@ -171,7 +172,8 @@ class StageRun:
             val_check_interval=self.settings.val_every * self.settings.accumulate or None,
             limit_val_batches=None if self.settings.val_every else 0,
         )
-        log.info("stage %s: %d steps", self.stage, module.total_steps)
+        ops = describe_backend(trainer.strategy.root_device)
+        log.info("stage %s: %d steps, %s", self.stage, module.total_steps, ops)
         try:
             trainer.fit(module, data, ckpt_path=self.folder / LAST if resume else None)
             if sharded:

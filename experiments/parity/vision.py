@@ -195,6 +195,7 @@ def _bev_frame(
     shift = shared.at[0, 0] - encoder.centres
     yield Check(f"{name}shift", shift[:1], wanted["shift"])
     if "prev_bev_rotated" in wanted:
+        assert shared.previous is not None
         turned = wanted["prev_bev_rotated"].transpose(0, 1)
         assert shared.previous is not None
         yield Check(f"{name}prev_bev_rotated", shared.previous, turned)

@@ -71,7 +71,11 @@ class ResNetConfig:
 
 
 class FrozenStatisticsBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that never leaves evaluation mode: its statistics are part of the weights."""
+    """BatchNorm that is never in training mode: its statistics are part of the weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.training = False  # as modules are built in training mode
 
     def train(self, mode: bool = True) -> FrozenStatisticsBatchNorm:
         """Stay in evaluation mode."""

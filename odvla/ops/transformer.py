@@ -96,7 +96,12 @@ class DeformableAttention(nn.Module):
     def _where(self, query: Tensor, sizes: Sequence[Size], at: Tensor) -> tuple[Tensor, Tensor]:
         """Locations [B, Q, A, L, P, 2] and weights [B, Q, A, L, P]."""
         batch, queries = query.shape[:2]
-        shape = (batch, queries, self.heads, self.stored_levels, self.points)
+        if self.stored_levels > self.levels:
+            # The walk with too short a stride ends in the first part of the buffers: what the other
+            # queries would get there is never used.
+            used = -(-queries * self.levels // self.stored_levels)
+            query, at = query[:, :used], at[:, :used]
+        shape = (batch, query.shape[1], self.heads, self.stored_levels, self.points)
         offsets = self.sampling_offsets(query).float().view(*shape, 2)
         weights = self.attention_weights(query).float().view(*shape[:3], -1).softmax(-1)
         weights = weights.view(shape)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from odvla.encoders import bevformer
 from odvla.encoders.bevformer import (
     BEVFormerConfig,
     can_bus_deltas,
@@ -18,6 +19,7 @@ from odvla.encoders.check import check_encoder
 from odvla.encoders.protocol import fake_frames
 from odvla.encoders.resnet import FPN, ResNetConfig
 from odvla.errors import UserError
+from odvla.ops.deformable_conv import ModulatedDeformConv
 from odvla.rows import rows_of
 
 BACKBONE = ResNetConfig(depth=50, base_channels=8)
@@ -224,3 +226,59 @@ def test_other_numbers_of_cameras_are_refused(encoder):
     )
     with pytest.raises(UserError, match="built for 6 cameras, not 5"):
         encoder(five, None)
+
+
+@pytest.mark.parametrize("size", [(31, 64), (640, 20), (0, 0)])
+def test_images_smaller_than_a_coarse_pixel_are_refused(encoder, size):
+    frames = fake_frames(1, (64, 32))
+    images = torch.zeros(1, 6, 3, size[1], size[0], dtype=torch.uint8)
+    with pytest.raises(UserError, match=rf"images of {size[0]}x{size[1]} pixels .* are too small"):
+        encoder(replace(frames, images=images), None)
+
+
+@torch.no_grad()
+def test_cameras_one_at_a_time_give_what_all_give_at_once(encoder, monkeypatch):
+    frames = drive(0)
+    together = encoder.image_levels(frames)
+    monkeypatch.setattr(bevformer, "PIXELS_AT_ONCE", 1)
+    for alone, level in zip(encoder.image_levels(frames), together, strict=True):
+        assert alone.shape == level.shape
+        torch.testing.assert_close(alone, level, atol=1e-4, rtol=1e-4)
+
+
+def test_kernels_that_hold_the_norm_give_the_same_maps(encoder):
+    net = ResNetConfig(depth=50, base_channels=8).build()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            torch.nn.init.normal_(module.bias)
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if isinstance(module, ModulatedDeformConv):
+            torch.nn.init.normal_(module.conv_offset.weight, std=0.001)
+    images = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
+    with torch.no_grad():
+        folded = net(images)
+    for ours, plain in zip(folded, net(images), strict=True):
+        assert plain.requires_grad
+        atol = 1e-4 * float(plain.detach().abs().max())
+        torch.testing.assert_close(ours, plain.detach(), atol=atol, rtol=1e-4)
+
+
+def test_normalisation_never_follows_the_batch():
+    net = ResNetConfig(depth=50, base_channels=8).build()
+    before = net.bn1.running_mean.clone()
+    net(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+    net.train()(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+    torch.testing.assert_close(net.bn1.running_mean, before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_first_frame_reads_what_rows_without_a_past_read(encoder):
+    """The shorter way of a first frame, against a past that no row of the batch may use."""
+    frames = drive(0)
+    _, state = encoder(frames, None)
+    fresh, _ = encoder(frames, None)
+    none = replace(state, valid=torch.zeros_like(state.valid))
+    forgotten, _ = encoder(replace(frames, scene_start=torch.zeros(2, dtype=torch.bool)), none)
+    torch.testing.assert_close(forgotten.bev, fresh.bev, atol=1e-5, rtol=1e-4)
