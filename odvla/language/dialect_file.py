@@ -9,7 +9,7 @@ import hashlib
 import json
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +196,10 @@ def checked_wording(content: Any, where: str) -> Wording:
         commands=tuple(commands),
         scale=_scales(content["units"], where),
         signed_zero=content["signed_zero"],
-        plan=_entry(PlanForm, content["plan"], {"values": str, "decimals": int}, "plan", where),
+        plan=replace(
+            _entry(PlanForm, content["plan"], {"values": str, "decimals": int}, "plan", where),
+            signed_zero=content["signed_zero"],
+        ),
         training=_entry(
             TrainingStream,
             content["training"],

@@ -202,14 +202,7 @@ class Dialect:
         Raises:
             ValueError: another shape, or a number that is not finite.
         """
-        text = format_waypoints(waypoints, self.plan_form, last_step)
-        if not self.wording.signed_zero:
-            return text
-        # What was told as 0.00 may be -0.00.
-        points = torch.as_tensor(waypoints, dtype=torch.float64).numpy()
-        numbers = self.plan_form.numbers(points, last_step).tolist()
-        head, rest = text.split("[", 1)
-        return f"{head}[{self._points(numbers, self.plan_form.decimals)}]{rest.rsplit(']', 1)[1]}"
+        return format_waypoints(waypoints, self.plan_form, last_step)
 
     def object_caption_answer(self, caption: str, x_m: float, y_m: float) -> str:
         """An object's caption with its place (LIDAR_TOP frame), as stage 1 has it."""
