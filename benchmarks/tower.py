@@ -127,7 +127,7 @@ class Tower:
             if name.endswith("conv_offset.weight"):
                 torch.nn.init.normal_(parameter, std=0.02)
         confident = agents.cls_branches[-1][-1]
-        torch.nn.init.normal_(confident.weight, std=0.1)  # so that some queries become tracks
+        torch.nn.init.normal_(confident.weight, std=0.15)  # so that some queries become tracks
         return cls(encoder, agents, lanes)
 
     def watch(self, meter: Meter) -> None:

@@ -134,6 +134,8 @@ def _table_gradient(
 def _two_at_least(value: Tensor) -> Tensor:
     """A map [..., h, w] with a border of zeros where it has one row or column only."""
     height, width = value.shape[-2:]
+    if min(height, width) > 1:
+        return value  # a padding of nothing would copy
     return F.pad(value, (0, int(width == 1), 0, int(height == 1)))
 
 
