@@ -1,22 +1,21 @@
-"""Annotated agents of a key-frame: boxes, tracks and futures, and the occupancy plans are held to.
+"""Annotated agents of a key-frame: boxes, tracks, futures and pasts.
 
 Shape legend: A agents of one key-frame.
 """
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datamodules.ego_state import velocity_ahead
 from datamodules.poses import FloatArray, inverse, rotation_matrices, yaw_of
-from datamodules.records import FrameRecord, Index
-from odvla.types import BOX_DIM, DETECTION_CLASSES, WAYPOINTS, AgentTargets, BevGrid
+from datamodules.records import AgentPaths, Annotations, FrameRecord, Index
+from odvla.types import BOX_DIM, HISTORY, WAYPOINTS, AgentTargets
 
-VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
-# The grid UniAD's planning metric looks boxes up in: 100 m x 100 m around the lidar.
-OCCUPANCY_GRID = BevGrid(-50.0, -50.0, 0.5, 200, 200)
+PAST_STEPS = HISTORY  # key-frames back that agents' pasts reach
+EGO_SIZE_M = (1.73, 4.08, 1.56)  # width, length, height of the Renault Zoe, as in UniAD's labels
 
 
 def boxes_in_lidar(
@@ -60,35 +59,94 @@ def learnable_rows(
     return rows[(x >= x_min) & (x < x_max) & (y >= y_min) & (y < y_max)]
 
 
-def futures(
-    index: Index, rows: NDArray[np.int64], steps: int = WAYPOINTS
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def futures(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Where agents go, each in its own frame at t0 (origin its centre, x right, y forward).
 
     Args:
         index: the root's index.
         rows: annotation rows at t0.
-        steps: key-frames ahead.
 
     Returns:
-        Positions [n, steps, 2] in metres, 0 where unknown, and [n, steps] True where the agent is
-        annotated in that key-frame of the same scene.
+        Positions [n, 6, 2] in metres, 0 where unknown, and [n, 6] True where the agent is annotated
+        in that key-frame of the same scene.
     """
+    paths = index.paths
+    if paths is not None:
+        return paths.future_own[rows], paths.future_mask[rows]
     data = index.annotations
+    points, mask = _positions_along(data, rows, data.next, WAYPOINTS)
+    return _in_own_frame(data, rows, points, mask), mask
+
+
+def agent_paths(index: Index) -> AgentPaths:
+    """Futures and pasts of all annotations, for the index."""
+    data = index.annotations
+    rows = np.arange(len(data.frame))
+    future, future_mask = _positions_along(data, rows, data.next, WAYPOINTS)
+    past, past_mask = _positions_along(data, rows, data.prev, PAST_STEPS)
+    to_lidar = inverse(np.asarray(index.arrays["frame.lidar_to_global"]))
+
+    def in_lidar(points: FloatArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+        matrix = to_lidar[data.frame]
+        moved = np.einsum("nij,nkj->nki", matrix[:, :2, :3], points) + matrix[:, None, :2, 3]
+        return np.where(mask[..., None], moved, 0.0).astype(np.float32)
+
+    return AgentPaths(
+        future_own=_in_own_frame(data, rows, future, future_mask),
+        past_own=_in_own_frame(data, rows, past, past_mask),
+        future_lidar=in_lidar(future, future_mask),
+        past_lidar=in_lidar(past, past_mask),
+        future_mask=future_mask,
+        past_mask=past_mask,
+    )
+
+
+def _positions_along(
+    data: Annotations, rows: NDArray[np.int64], link: NDArray[np.int64], steps: int
+) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Global positions [n, steps, 3] in the key-frames 1 .. steps along a link, and their mask."""
     mask = np.zeros((len(rows), steps), dtype=bool)
-    xy = np.repeat(data.centre[rows, None, :2], steps, axis=1)
+    points = np.repeat(data.centre[rows, None], steps, axis=1)
     current = rows.copy()
     for _ in range(steps):  # at most one annotation a key-frame, so `steps` hops reach all of them
-        current = np.where(current >= 0, data.next[current], -1)
-        ahead = data.frame[current] - data.frame[rows] - 1
-        found = np.flatnonzero((current >= 0) & (ahead >= 0) & (ahead < steps))
-        mask[found, ahead[found]] = True
-        xy[found, ahead[found]] = data.centre[current[found], :2]
+        current = np.where(current >= 0, link[current], -1)
+        away = np.abs(data.frame[current] - data.frame[rows]) - 1
+        found = np.flatnonzero((current >= 0) & (away >= 0) & (away < steps))
+        mask[found, away[found]] = True
+        points[found, away[found]] = data.centre[current[found]]
+    return points, mask
+
+
+def _in_own_frame(
+    data: Annotations, rows: NDArray[np.int64], points: FloatArray, mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Global points [n, steps, 3] as [n, steps, 2]: right and forward of each agent, level."""
     yaw = yaw_of(rotation_matrices(data.rotation[rows]))
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    dx, dy = np.moveaxis(xy - data.centre[rows, None, :2], -1, 0)
+    dx, dy, _ = np.moveaxis(points - data.centre[rows, None], -1, 0)
     own = np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
-    return np.where(mask[..., None], own, 0.0).astype(np.float32), mask
+    return np.where(mask[..., None], own, 0.0).astype(np.float32)
+
+
+def pasts(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Where agents came from, each in its own frame at t0, latest first; else as `futures`."""
+    paths = index.paths
+    if paths is not None:
+        return paths.past_own[rows], paths.past_mask[rows]
+    data = index.annotations
+    points, mask = _positions_along(data, rows, data.prev, PAST_STEPS)
+    return _in_own_frame(data, rows, points, mask), mask
+
+
+def ego_box(index: Index, frame: FrameRecord) -> NDArray[np.float32]:
+    """The car's own box [9] in its lidar frame, as UniAD has it: centred on the lidar.
+
+    The velocity is that of the next step, in a scene's last key-frame that of the last one.
+    """
+    box = np.zeros(BOX_DIM, dtype=np.float32)
+    box[3:6], box[6] = EGO_SIZE_M, np.pi / 2
+    box[7:9] = velocity_ahead(index, frame)
+    return box
 
 
 def agent_targets(
@@ -97,6 +155,7 @@ def agent_targets(
     """Targets of one key-frame as one row, no padding."""
     rows = learnable_rows(index, frame, extent_m)
     future, future_mask = futures(index, rows)
+    past, past_mask = pasts(index, rows)
     return AgentTargets(
         boxes=torch.from_numpy(boxes_in_lidar(index, rows, frame))[None],
         labels=torch.from_numpy(index.annotations.label[rows])[None],
@@ -104,50 +163,7 @@ def agent_targets(
         mask=torch.ones(1, len(rows), dtype=torch.bool),
         future=torch.from_numpy(future)[None],
         future_mask=torch.from_numpy(future_mask)[None],
+        past=torch.from_numpy(past)[None],
+        past_mask=torch.from_numpy(past_mask)[None],
+        ego=torch.from_numpy(ego_box(index, frame))[None],
     )
-
-
-def occupancy(
-    index: Index, frame: FrameRecord, *, pedestrians: bool = False, steps: int = WAYPOINTS
-) -> NDArray[np.bool_]:
-    """Where other road users will be, on OCCUPANCY_GRID in the lidar frame of t0.
-
-    Corners are rounded to cells and filled together with their border, as FIERY, ST-P3 and UniAD do
-    (boxes come out up to a cell too large and a quarter metre towards +x, +y). All annotated
-    vehicles count, however hidden, as in UniAD.
-
-    Args:
-        index: the root's index.
-        frame: t0.
-        pedestrians: add pedestrians to the vehicles (VAD's map).
-        steps: key-frames ahead; after the scene's end the grid is empty.
-
-    Returns:
-        [steps, rows, columns]: row 0 lies at y = -50 m, column 0 at x = -50 m.
-    """
-    grid = OCCUPANCY_GRID
-    classes = [*VEHICLES, "pedestrian"] if pedestrians else VEHICLES
-    wanted = [DETECTION_CLASSES.index(name) for name in classes]
-    cells = np.zeros((steps, grid.rows, grid.columns), dtype=np.uint8)
-    later = frame
-    for step in range(steps):
-        if later.next < 0:
-            break
-        later = index.frames[later.next]
-        rows = rows_of(index, later)
-        rows = rows[np.isin(index.annotations.label[rows], wanted)]
-        for corners in box_corners(boxes_in_lidar(index, rows, frame)):
-            corner = np.round((corners - [grid.x_min_m, grid.y_min_m]) / grid.cell_m)
-            cv2.fillPoly(cells[step], [corner.astype(np.int32)], (1,))
-    return cells.astype(bool)
-
-
-def box_corners(boxes: NDArray[np.float32]) -> FloatArray:
-    """Footprints [n, 4, 2] of boxes [n, 9], in order around the box from its front left corner."""
-    width, length, yaw = boxes[:, 3], boxes[:, 4], boxes[:, 6]
-    along = np.stack([length, -length, -length, length], axis=1) / 2
-    left = np.stack([width, width, -width, -width], axis=1) / 2
-    cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    x = boxes[:, :1] + along * cos - left * sin
-    y = boxes[:, 1:2] + along * sin + left * cos
-    return np.stack([x, y], axis=-1).astype(np.float64)

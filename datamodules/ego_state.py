@@ -3,7 +3,10 @@
 Fields follow GPT-Driver's cached nuScenes info, as OpenDriveVLA's prompts use it, with one
 difference: the cache computes the heading through mixed-up quaternion orders, so that its yaw rate
 comes out near 0; here it is the real one. (The cached velocity, about (0, speed), is what the rear
-axle does anyhow.) Where the cache's exact numbers are wanted, read them: see gpt_driver.py.
+axle does anyhow.) ego_trajectories.py has the cache's own form, and UniAD's.
+
+An index holds all of this for every key-frame (Index.ego); the functions here read it there, and
+compute it only while an index is being built, or at other lengths and heights.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.poses import FloatArray, inverse, wrap_angle, yaw_of
-from datamodules.records import FrameRecord, Index
+from datamodules.records import EgoTable, FrameRecord, Index
 from odvla.types import COMMANDS, HISTORY, STEP_S, WAYPOINTS, EgoState, PlanTargets
 
 TURN_OFFSET_M = 2.0  # lateral offset at the end of the plan that makes a command "turn"
@@ -37,6 +40,8 @@ def past_positions(index: Index, frame: FrameRecord, steps: int = HISTORY) -> Fl
     Returns:
         [steps, 2], oldest first, STEP_S apart.
     """
+    if index.ego is not None and steps == HISTORY:
+        return index.ego.history[frame.number].copy()
     positions: list[FloatArray] = []
     oldest = frame
     while len(positions) < steps and oldest.prev >= 0:
@@ -65,6 +70,8 @@ def future_positions(
         [steps, 2], STEP_S apart, the last known point repeated after the scene's end; and [steps]
         True where the scene still goes on.
     """
+    if index.ego is not None and steps == WAYPOINTS and height_m == 0:
+        return index.ego.future[frame.number].copy(), index.ego.future_mask[frame.number].copy()
     positions, mask = [], np.zeros(steps, dtype=bool)
     newest = frame
     for k in range(steps):
@@ -74,6 +81,24 @@ def future_positions(
         up = newest.lidar_to_global[:3, 2]
         positions.append(newest.lidar_to_global[:3, 3] + height_m * up)
     return _to_lidar_xy(frame, np.array(positions)), mask
+
+
+def velocity_ahead(index: Index, frame: FrameRecord) -> FloatArray:
+    """Velocity [2] of the ego origin over the next step, as UniAD labels the car with it.
+
+    By time stamps, in the axes of the lidar where the step starts. A scene's last key-frame repeats
+    the one before, in that one's axes; a scene of one key-frame stands still.
+    """
+    earlier, later = frame, frame
+    if frame.next >= 0:
+        later = index.frames[frame.next]
+    elif frame.prev >= 0:
+        earlier = index.frames[frame.prev]
+    if earlier is later:
+        return np.zeros(2)
+    seconds = (later.timestamp_us - earlier.timestamp_us) * 1e-6
+    moved = later.ego_to_global[:3, 3] - earlier.ego_to_global[:3, 3]
+    return ((moved / seconds) @ earlier.lidar_to_global[:3, :3])[:2]
 
 
 def plan_targets(index: Index, frame: FrameRecord, height_m: float = 0.0) -> PlanTargets:
@@ -102,6 +127,8 @@ def ego_state(index: Index, frame: FrameRecord) -> EgoState:
     lidar. Steps are counted as STEP_S, as in the cache, whatever the exact times of the key-frames.
     Without CAN bus, can_accel and steering are 0 and heading_speed is that speed.
     """
+    if index.ego is not None:
+        return _stored_state(index.ego, frame.number)
     history = past_positions(index, frame)
     steps = np.diff(np.concatenate([history, np.zeros((1, 2))]), axis=0)
     earlier, later = _last_step(index, frame)
@@ -128,6 +155,19 @@ def ego_state(index: Index, frame: FrameRecord) -> EgoState:
     )
 
 
+def _stored_state(table: EgoTable, number: int) -> EgoState:
+    return EgoState(
+        velocity=_row(table.velocity[number]),
+        yaw_rate=_row(table.yaw_rate[number]),
+        acceleration=_row(table.acceleration[number]),
+        can_accel=_row(table.can_accel[number]),
+        heading_speed=_row(table.heading_speed[number]),
+        steering=_row(table.steering[number]),
+        history=_row(table.history[number]),
+        command=torch.tensor([int(table.command[number])]),
+    )
+
+
 def can_bus_vector(index: Index, frame: FrameRecord, scene_start: bool) -> NDArray[np.float32]:
     """BEVFormer's can_bus vector after its preparation for a clip.
 
@@ -142,6 +182,11 @@ def can_bus_vector(index: Index, frame: FrameRecord, scene_start: bool) -> NDArr
         7:10 acceleration, 10:13 rotation rate, 13:16 velocity, 16 heading in radians within
         [0, 2 pi), 17 heading change since the previous key-frame in degrees.
     """
+    if index.ego is not None:
+        vector = index.ego.can_bus[frame.number].copy()
+        if scene_start:
+            vector[:3], vector[17] = 0.0, 0.0
+        return vector
     yaw = float(yaw_of(frame.ego_to_global[:3, :3]))
     vector = np.zeros(18, dtype=np.float32)
     vector[3:7] = frame.ego_quaternion
@@ -177,5 +222,5 @@ def _to_lidar_xy(frame: FrameRecord, points: FloatArray) -> FloatArray:
     return (points @ to_lidar[:3, :3].T + to_lidar[:3, 3])[:, :2]
 
 
-def _row(values: FloatArray | float) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values), dtype=torch.float32)[None]
+def _row(values: NDArray[np.floating] | float) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32))[None]

@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from datamodules.ego_state import can_bus_vector
+from datamodules.image_geometry import Image, ImageGeometry
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
 from odvla.types import CAMERAS, Cameras, Frames
@@ -23,22 +23,24 @@ REDUCED_FLAGS = (
     (4, cv2.IMREAD_REDUCED_COLOR_4),
     (2, cv2.IMREAD_REDUCED_COLOR_2),
 )
-Image = NDArray[np.uint8]
 
 
-def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) -> Image:
+def load_image(
+    path: Path, file_size: tuple[int, int], size: tuple[int, int], *, strict_size: bool = False
+) -> Image:
     """Read one camera image and resize it.
 
     Args:
         path: a JPEG or PNG file.
         file_size: width, height the tables give for the file.
         size: width, height wanted.
+        strict_size: the decoded file must have file_size (which only a full decode can tell).
 
     Returns:
         RGB uint8 [height, width, 3].
 
     Raises:
-        UserError: the file is missing, cut short, or not an image.
+        UserError: the file is missing, cut short, not an image, or (if asked for) of another size.
     """
     try:
         content = path.read_bytes()
@@ -59,6 +61,12 @@ def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) ->
         )
     if decoded is None:
         raise UserError(f"camera image {path} is not an image OpenCV can decode")
+    if strict_size and decoded.shape[1::-1] != file_size:
+        width, height = decoded.shape[1::-1]
+        raise UserError(
+            f"camera image {path} is not of the size the tables give: {width}x{height}, not "
+            f"{file_size[0]}x{file_size[1]}"
+        )
     if decoded.shape[1::-1] != size:
         shrinking = decoded.shape[1] > size[0]
         method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
@@ -66,41 +74,101 @@ def load_image(path: Path, file_size: tuple[int, int], size: tuple[int, int]) ->
     return np.ascontiguousarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
+class BrokenImages:
+    """Images that could not be read: named once each, counted, and too many stop the run.
+
+    The count is shared by the workers of a data loader; a file that two of them meet counts twice.
+
+    Args:
+        budget: how many may be broken; 0: the first one stops the run.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._count = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._seen: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Broken images met so far."""
+        return int(self._count)
+
+    def add(self, file: str, error: UserError) -> None:
+        """One more.
+
+        Raises:
+            UserError: it is one too many.
+        """
+        if self.budget == 0:
+            raise error
+        if file in self._seen:
+            return
+        self._seen.add(file)
+        self._count += 1
+        if self.count > self.budget:
+            raise UserError(
+                f"{error}; this is broken image {self.count}, data.broken_images allows "
+                f"{self.budget}"
+            ) from error
+        log.warning("%s; its key-frame is left out (%d so far)", error, self.count)
+
+
 class FrameLoader:
     """Turns FrameRecords into Frames of one row.
 
     Args:
         index: the root's index.
-        image_size: width, height of the images the model gets.
+        geometry: of the images the model gets; (width, height): they are resized only.
         cache_limit_gb: decoded images are kept in memory up to this many gigabytes a process;
             0 keeps none.
+        broken_images: how many images may be missing or broken before the run stops.
     """
 
     def __init__(
-        self, index: Index, image_size: tuple[int, int], cache_limit_gb: float = 0.0
+        self,
+        index: Index,
+        geometry: ImageGeometry | tuple[int, int],
+        cache_limit_gb: float = 0.0,
+        broken_images: int = 0,
     ) -> None:
         self.index = index
-        self.image_size = image_size
-        frame_bytes = 3 * len(CAMERAS) * image_size[0] * image_size[1]
+        self.geometry = geometry if isinstance(geometry, ImageGeometry) else ImageGeometry(geometry)
+        self.broken = BrokenImages(broken_images)
+        frame_bytes = 3 * len(CAMERAS) * self.geometry.size[0] * self.geometry.size[1]
         self._cache_room = int(cache_limit_gb * 1e9 / frame_bytes)
         self._cache: dict[int, Image] = {}
+        self._broken_frames: set[int] = set()
+
+    def is_whole(self, frame: FrameRecord) -> bool:
+        """Whether all images of a key-frame that was loaded here could be read."""
+        return frame.number not in self._broken_frames
 
     def images(self, frame: FrameRecord) -> Image:
-        """The six images [6, 3, h, w], RGB uint8.
+        """The six images [6, 3, h, w], RGB uint8; one that cannot be read is black.
+
+        A key-frame with a black image is not `is_whole` from then on.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, and that is one too many.
         """
         if frame.number in self._cache:
             return self._cache[frame.number]
-        stack = np.stack(
-            [
-                load_image(self.index.root / camera.file, camera.size, self.image_size)
-                for camera in frame.cameras
-            ]
-        ).transpose(0, 3, 1, 2)
-        stack = np.ascontiguousarray(stack)
-        if len(self._cache) < self._cache_room:
+        width, height = self.geometry.size
+        stack = np.empty((len(frame.cameras), 3, height, width), dtype=np.uint8)
+        whole = True
+        for number, camera in enumerate(frame.cameras):
+            path = self.index.root / camera.file
+            try:
+                image = load_image(path, camera.size, self.geometry.resized)
+            except UserError as error:
+                self.broken.add(camera.file, error)
+                image, whole = np.zeros((*self.geometry.resized[::-1], 3), np.uint8), False
+            # Channel by channel: numpy would take five times as long to turn the axes round.
+            for channel, plane in enumerate(cv2.split(self.geometry.crop_and_pad(image))):
+                stack[number, channel] = plane
+        if not whole:
+            self._broken_frames.add(frame.number)
+        if whole and len(self._cache) < self._cache_room:
             self._cache[frame.number] = stack
         return stack
 
@@ -113,7 +181,7 @@ class FrameLoader:
                 is zero then.
             blank: black images, nothing is read (rows that only fill up a batch).
         """
-        width, height = self.image_size
+        width, height = self.geometry.size
         if blank:
             images = np.zeros((len(CAMERAS), 3, height, width), np.uint8)
         else:
@@ -129,11 +197,10 @@ class FrameLoader:
         )
 
     def cameras(self, frame: FrameRecord) -> Cameras:
-        """Calibration scaled to the image size; each camera at its own exposure time."""
+        """Calibration of the images as the model gets them, each at its own exposure time."""
         intrinsics, transforms = [], []
         for camera in frame.cameras:
-            scale = np.array(self.image_size) / np.array(camera.size)
-            intrinsics.append(np.diag([scale[0], scale[1], 1.0]) @ camera.intrinsics)
+            intrinsics.append(self.geometry.matrix(camera.size) @ camera.intrinsics)
             transforms.append(camera.global_to_camera @ frame.lidar_to_global)
         return Cameras(
             intrinsics=torch.from_numpy(np.stack(intrinsics)).float()[None],

@@ -4,150 +4,26 @@ UniAD's three thing classes and its stuff class: dividers (lane and road divider
 line), pedestrian crossings (one a polygon), boundaries (edges of the drivable area, one a connected
 piece) and the drivable area itself.
 
-Each location is read from the devkit's NuScenesMap once and kept as flat arrays of segments, so
-that a frame costs a few array operations and no geometry library.
+The index holds each location as flat arrays of segments (map_geometry.py), so that a frame costs a
+few array operations and no geometry library.
 
 Shape legend: S segments of a location, E elements near the car, H x W cells.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
-
 import numpy as np
-import shapely
 import torch
 from numpy.typing import NDArray
-from nuscenes.map_expansion.map_api import NuScenesMap
 
+from datamodules.map_geometry import Segments
 from datamodules.poses import FloatArray, yaw_of
 from datamodules.records import FrameRecord, Index
-from odvla.errors import UserError
 from odvla.types import MAP_CLASSES, BevGrid, MapTargets
 
-log = logging.getLogger(__name__)
 DIVIDER, CROSSING, BOUNDARY = (
     MAP_CLASSES.index(name) for name in ("divider", "ped_crossing", "boundary")
 )
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Line segments of one kind; those of one element stand together, in drawing order."""
-
-    start: FloatArray  # [S, 2] global metres
-    end: FloatArray  # [S, 2]
-    element: NDArray[np.int64]  # [S] number of the line or polygon: 0, 1, ...
-
-    def whole_near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
-        """Segments of the elements whose bounding box comes within a square around `centre`.
-
-        Filling needs whole rings: a ring around the car may have no segment near it.
-        """
-        near = ((self._low - centre <= reach_m) & (self._high - centre >= -reach_m)).all(1)
-        first = self._first
-        spans = [np.arange(first[e], first[e + 1]) for e in np.flatnonzero(near)]
-        return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-
-    def near(self, centre: FloatArray, reach_m: float) -> NDArray[np.int64]:
-        """Segments whose own bounding box comes within that square."""
-        rows = self.whole_near(centre, reach_m)
-        start, end = self.start[rows] - centre, self.end[rows] - centre
-        outside = ((start > reach_m) & (end > reach_m)) | ((start < -reach_m) & (end < -reach_m))
-        return rows[~outside.any(1)]
-
-    @cached_property
-    def _first(self) -> NDArray[np.int64]:
-        """First segment of each element, and one past the last segment."""
-        return np.append(np.flatnonzero(np.diff(self.element, prepend=-1)), len(self.element))
-
-    @cached_property
-    def _low(self) -> FloatArray:
-        """Lower corner of each element's bounding box, [E, 2]."""
-        return self._corner(np.minimum)
-
-    @cached_property
-    def _high(self) -> FloatArray:
-        """Upper corner of each element's bounding box, [E, 2]."""
-        return self._corner(np.maximum)
-
-    def _corner(self, extreme: np.ufunc) -> FloatArray:
-        if not len(self.element):
-            return np.zeros((0, 2))
-        return extreme.reduceat(extreme(self.start, self.end), self._first[:-1])
-
-
-@dataclass(frozen=True)
-class LocationMap:
-    """The layers of one location."""
-
-    dividers: Segments
-    crossings: Segments  # closed rings
-    drivable: Segments  # closed rings: exteriors counter-clockwise, holes clockwise
-    boundaries: Segments  # rings of the union of the drivable area
-
-
-def location_map(root: Path, location: str) -> LocationMap:
-    """Read a location's map expansion, once per process.
-
-    Raises:
-        UserError: the expansion file is missing, not JSON, or lacks a layer.
-    """
-    return _location_map(root, location)
-
-
-@lru_cache(maxsize=8)
-def _location_map(root: Path, location: str) -> LocationMap:
-    path = root / "maps" / "expansion" / f"{location}.json"
-    if not path.is_file():
-        raise UserError(f"map expansion {path} is missing (map targets need it)")
-    try:
-        devkit = NuScenesMap(dataroot=str(root), map_name=location)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"map expansion {path} cannot be read: {error!r}") from error
-    lines = [
-        np.array(devkit.extract_line(record["line_token"]).coords)
-        for layer in ("road_divider", "lane_divider")
-        for record in getattr(devkit, layer)
-        if record["line_token"]
-    ]
-    crossings = [devkit.extract_polygon(record["polygon_token"]) for record in devkit.ped_crossing]
-    drivable = [
-        devkit.extract_polygon(token)
-        for record in devkit.drivable_area
-        for token in record["polygon_tokens"]
-    ]
-    # Real polygons touch themselves here and there; buffer(0) mends them before the union.
-    union = shapely.unary_union([polygon.buffer(0) for polygon in drivable])
-    merged = [part for part in shapely.get_parts(union) if part.geom_type == "Polygon"]
-    return LocationMap(
-        dividers=_segments(lines),
-        crossings=_segments([r for p in crossings for r in _rings(p)[:1]]),
-        drivable=_segments([ring for polygon in merged for ring in _rings(polygon)]),
-        boundaries=_segments([ring for polygon in merged for ring in _rings(polygon)]),
-    )
-
-
-def _rings(polygon: shapely.Polygon) -> list[FloatArray]:
-    """Closed rings: the exterior counter-clockwise, then the holes clockwise."""
-    oriented = shapely.geometry.polygon.orient(polygon)
-    return [np.array(ring.coords) for ring in (oriented.exterior, *oriented.interiors)]
-
-
-def _segments(lines: Iterable[FloatArray]) -> Segments:
-    kept = [line[:, :2] for line in lines if len(line) >= 2]
-    if not kept:
-        return Segments(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, dtype=np.int64))
-    return Segments(
-        np.concatenate([line[:-1] for line in kept]),
-        np.concatenate([line[1:] for line in kept]),
-        np.repeat(np.arange(len(kept)), [len(line) - 1 for line in kept]),
-    )
 
 
 def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
@@ -160,7 +36,7 @@ def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
     Raises:
         UserError: the location has no map expansion.
     """
-    layers = location_map(index.root, index.location(frame))
+    layers = index.map_of(frame)
     x_min, x_max, y_min, y_max = grid.extent_m
     reach_m = float(np.hypot(max(-x_min, x_max), max(-y_min, y_max))) + grid.cell_m
     raster = _FrameRaster(frame, grid, reach_m)
@@ -179,6 +55,56 @@ def map_targets(index: Index, frame: FrameRecord, grid: BevGrid) -> MapTargets:
     )
 
 
+def drivable_area(index: Index, frame: FrameRecord, grid: BevGrid) -> NDArray[np.bool_]:
+    """Drivable cells [H, W] around one key-frame, without the other layers of the map.
+
+    Raises:
+        UserError: the location has no map expansion.
+    """
+    layers = index.map_of(frame)
+    x_min, x_max, y_min, y_max = grid.extent_m
+    reach_m = float(np.hypot(max(-x_min, x_max), max(-y_min, y_max))) + grid.cell_m
+    return _FrameRaster(frame, grid, reach_m).union(layers.drivable)
+
+
+def map_lines(
+    index: Index, frame: FrameRecord, reach_m: float
+) -> list[tuple[int, NDArray[np.float64]]]:
+    """Map elements near the car as lines: the vector form, for pictures and text.
+
+    Args:
+        index: the root's index.
+        frame: t0.
+        reach_m: elements that come within this square around the lidar are given, in one line for
+            each connected piece inside it (a piece keeps its segments that cross the border).
+
+    Returns:
+        Index into MAP_CLASSES and points [k, 2] in the lidar frame of t0; crossings are closed.
+
+    Raises:
+        UserError: the location has no map expansion.
+    """
+    layers = index.map_of(frame)
+    raster = _FrameRaster(frame, BevGrid(-reach_m, -reach_m, 1.0, 1, 1), reach_m * np.sqrt(2))
+    found = []
+    for label, segments, whole in (
+        (DIVIDER, layers.dividers, False),
+        (CROSSING, layers.crossings, True),
+        (BOUNDARY, layers.boundaries, False),
+    ):
+        rows = (segments.whole_near if whole else segments.near)(raster.centre, raster.reach_m)
+        start, end = (raster.in_lidar(ends[rows]) for ends in (segments.start, segments.end))
+        if not whole:
+            low, high = np.minimum(start, end), np.maximum(start, end)
+            inside = ((low <= reach_m) & (high >= -reach_m)).all(1)
+            rows, start, end = rows[inside], start[inside], end[inside]
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(segments.element[rows]) != 0)) + 1
+        for piece in np.split(np.arange(len(rows)), breaks):
+            if len(piece):
+                found.append((label, np.concatenate([start[piece], end[piece[-1:]]])))
+    return found
+
+
 class _FrameRaster:
     """Draws segments of the global frame on the grid of one key-frame."""
 
@@ -189,6 +115,10 @@ class _FrameRaster:
         yaw = float(yaw_of(frame.lidar_to_global[:3, :3]))
         cos, sin = np.cos(yaw), np.sin(yaw)
         self.to_lidar = np.array([[cos, sin], [-sin, cos]])
+
+    def in_lidar(self, points: FloatArray) -> FloatArray:
+        """Global points [n, 2] in the lidar frame of t0."""
+        return (points - self.centre) @ self.to_lidar.T
 
     def lines(self, segments: Segments, *, closed: bool = False) -> NDArray[np.bool_]:
         """Masks [E, H, W] of the lines (or closed rings) near the car, one a connected piece."""
@@ -225,7 +155,7 @@ class _FrameRaster:
         """Both ends of segments in units of cells: (column, row), cell centres at integers."""
         origin = np.array([self.grid.x_min_m, self.grid.y_min_m])
         return tuple(
-            ((ends[rows] - self.centre) @ self.to_lidar.T - origin) / self.grid.cell_m - 0.5
+            (self.in_lidar(ends[rows]) - origin) / self.grid.cell_m - 0.5
             for ends in (segments.start, segments.end)
         )
 

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from datamodules.agents import agent_targets, occupancy
+from datamodules.agents import agent_targets
 from datamodules.collate import Collate, Observation, Sample, Targets, Tokenises
 from datamodules.ego_state import ego_state, plan_targets
 from datamodules.frames import FrameLoader
+from datamodules.image_geometry import ImageGeometry
+from datamodules.index_file import load_index
 from datamodules.map_raster import map_targets
+from datamodules.occupancy import FrameOccupancy
 from datamodules.picking import ConversationSource, Picker
-from datamodules.records import FrameRecord, Index, SceneRecord, load_index
+from datamodules.records import FrameRecord, Index, SceneRecord
 from datamodules.sampling import (
     ClipRequest,
     ClipSampler,
@@ -51,6 +54,11 @@ class NuScenesDataConfig:
     root: str = ""  # "" means the folder named by ODVLA_DATA, or ./data
     version: str = "v1.0-mini"
     image_size: tuple[int, int] = (320, 180)  # width, height; files of another size are resized
+    crop_top: int = 0  # rows cut off at the top after that
+    pad_multiple: int = 1  # black at the bottom and the right, up to a multiple of so many pixels
+    # So many images may be missing or broken before the run stops. Each is named, and its key-frame
+    # becomes a row that does not count (never another key-frame).
+    broken_images: int = 0
     clip_length: int = 1  # key-frames of a training clip, "now" included
     batch_size: int = 8
     eval_batch_size: int = 8  # scenes streamed side by side
@@ -78,6 +86,9 @@ class NuScenesDataConfig:
             raise UserError(f"data.targets knows {', '.join(TARGETS)}, not {sorted(unknown)[0]!r}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"data.image_size must be (width, height), not {self.image_size}")
+        if self.broken_images < 0:
+            raise UserError(f"data.broken_images must be 0 or more, not {self.broken_images}")
+        _ = self.image_geometry  # checks crop_top and pad_multiple
 
     @property
     def folder(self) -> Path:
@@ -89,6 +100,12 @@ class NuScenesDataConfig:
         """x_min, x_max, y_min, y_max of the agents that are targets."""
         reach = self.agent_range_m
         return (-reach, reach, -reach, reach) if reach > 0 else self.grid.extent_m
+
+    @property
+    def image_geometry(self) -> ImageGeometry:
+        """What is done to every image."""
+        width, height = self.image_size
+        return ImageGeometry((width, height), self.crop_top, self.pad_multiple)
 
     def build(self, tokenizer: Tokenises | None = None) -> NuScenesDataModule:
         """The data module."""
@@ -149,9 +166,11 @@ class FrameDataset(Dataset[Sample]):
             for step, f in enumerate(frames)
         )
         ego = ego_state(self.index, frame)
-        if conversations is None:
+        # A key-frame with a broken image is not learned from and not talked about.
+        valid = request.valid and all(self.loader.is_whole(f) for f in frames)
+        if conversations is None or valid < request.valid:
             conversations = ()
-            if self.source is not None:
+            if self.source is not None and valid == request.valid:
                 make = partial(self.source.make, frame.number, ego=ego)
                 conversations = tuple(make(number) for number in request.conversations)
         extent_m = self.config.agent_extent_m
@@ -165,7 +184,7 @@ class FrameDataset(Dataset[Sample]):
                 map=map_targets(self.index, frame, self.config.grid) if "map" in targets else None,
             ),
             conversations,
-            request.valid,
+            valid,
         )
 
     def clip_frames(self, frame: FrameRecord, steps: int) -> list[FrameRecord]:
@@ -197,7 +216,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
 
     @property
     def index(self) -> Index:
-        """The root's index (built at the first use, then shared by all data modules).
+        """The root's index: a memory-mapped file, built at the first use.
 
         Raises:
             UserError: the root is incomplete or inconsistent.
@@ -208,8 +227,8 @@ class NuScenesDataModule(lightning.LightningDataModule):
     def loader(self) -> FrameLoader:
         """Reads images; shared by all loaders of this module, and so is its memory of images."""
         limit_gb = self.config.cache_limit_gb if self.config.cache_images else 0.0
-        width, height = self.config.image_size
-        return FrameLoader(self.index, (width, height), limit_gb)
+        geometry, budget = self.config.image_geometry, self.config.broken_images
+        return FrameLoader(self.index, geometry, limit_gb, budget)
 
     def setup(self, stage: str) -> None:
         """Read the tables and the conversations of the splits a stage needs."""
@@ -328,13 +347,16 @@ class NuScenesDataModule(lightning.LightningDataModule):
         Returns:
             Bool [6, 200, 200]: row 0 at y = -50 m, column 0 at x = -50 m, cells of 0.5 m.
         """
-        record = self.index.frame(sample_token)
-        return torch.from_numpy(occupancy(self.index, record, pedestrians=pedestrians))
+        return torch.from_numpy(
+            self._occupancy(self.index.frame(sample_token), pedestrians=pedestrians)
+        )
+
+    @cached_property
+    def _occupancy(self) -> FrameOccupancy:
+        return FrameOccupancy(self.index)
 
     def _available(self, record: FrameRecord) -> tuple[str, ...]:
-        location = self.index.location(record)
-        expansion = self.index.root / "maps" / "expansion" / f"{location}.json"
-        return TARGETS if expansion.is_file() else ("agents",)
+        return TARGETS if self.index.location(record) in self.index.maps else ("agents",)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""
@@ -353,13 +375,13 @@ class NuScenesDataModule(lightning.LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start_worker,
             # Nothing random happens in workers; the seed only keeps torch's global state untouched.
             "generator": torch.Generator().manual_seed(self.config.seed),
         }
 
 
-def _start_worker(_worker: int) -> None:
+def start_worker(_worker: int) -> None:
     """One thread a worker: the workers are the parallelism."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -1,32 +1,30 @@
-"""The index of a nuScenes root: everything the readers need of its tables, light and picklable.
+"""The index of a nuScenes root: everything the readers need of its tables, maps and CAN bus.
 
-`load_index` is the only place that opens the devkit's database. It is kept in memory per root and
-version, so that the stages of one run share it; workers receive the arrays, never the database.
+An Index is a set of arrays that lie in one memory-mapped file (see index_file.py for where it
+comes from, index_build.py for how it is made). Records are made when they are asked for: opening
+costs nothing, and the workers of a machine share the arrays.
 
 Shape legend: F key-frames of the root, P annotations of the root.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from nuscenes.eval.detection.utils import category_to_detection_name
-from nuscenes.nuscenes import NuScenes
-from nuscenes.utils.splits import create_splits_scenes
 
-from datamodules.can_bus import CanBus, CanBusReader
-from datamodules.poses import FloatArray, inverse, rigid
-from datamodules.tables import check_root, open_tables
+from datamodules.can_bus import CanBus
+from datamodules.map_geometry import LocationMap, expansion_file
+from datamodules.poses import FloatArray
 from odvla.errors import UserError
-from odvla.types import CAMERAS, DETECTION_CLASSES
+from odvla.types import CAMERAS
 
-log = logging.getLogger(__name__)
 LIDAR = "LIDAR_TOP"
 # Split of this toolkit -> the devkit's split of a version.
 SPLITS = {
@@ -34,7 +32,7 @@ SPLITS = {
     "v1.0-trainval": {"train": "train", "val": "val"},
     "v1.0-test": {"test": "test"},
 }
-MAX_VELOCITY_GAP_S = 1.5  # longest step the devkit takes a velocity over; doubled when centred
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,130 @@ class Annotations:
     points: NDArray[np.int64]  # [P] lidar + radar points inside
     visibility: NDArray[np.int64]  # [P] level 1 (hidden) .. 4, 0 when not given
     next: NDArray[np.int64]  # [P] row of the instance's next annotation, -1: none
+    prev: NDArray[np.int64]  # [P] row of the instance's previous annotation, -1: none
     categories: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AgentPaths:
+    """Where every annotated agent goes and came from; positions are 0 where the mask is False."""
+
+    future_own: NDArray[np.float32]  # [P, 6, 2] in its own frame at t0: x right, y forward
+    past_own: NDArray[np.float32]  # [P, 4, 2] latest first
+    future_lidar: NDArray[np.float32]  # [P, 6, 2] in LIDAR_TOP at t0
+    past_lidar: NDArray[np.float32]  # [P, 4, 2]
+    future_mask: NDArray[np.bool_]  # [P, 6] annotated in that key-frame of the scene
+    past_mask: NDArray[np.bool_]  # [P, 4]
+
+
+@dataclass(frozen=True)
+class EgoTable:
+    """The car at every key-frame, as ego_state.py and ego_trajectories.py compute it."""
+
+    history: FloatArray  # [F, 4, 2] positions 2.0 .. 0.5 s ago, continued backwards
+    future: FloatArray  # [F, 6, 2] the next 3 s, last point repeated
+    future_mask: NDArray[np.bool_]  # [F, 6]
+    command: NDArray[np.int64]  # [F] index into COMMANDS
+    velocity: NDArray[np.float32]  # [F, 2] and so on: the fields of EgoState
+    yaw_rate: NDArray[np.float32]  # [F]
+    acceleration: NDArray[np.float32]  # [F, 2]
+    can_accel: NDArray[np.float32]  # [F, 2]
+    heading_speed: NDArray[np.float32]  # [F]
+    steering: NDArray[np.float32]  # [F]
+    can_bus: NDArray[np.float32]  # [F, 18] BEVFormer's vector, motion since the last key-frame
+    cached_velocity: FloatArray  # [F, 2] GPT-Driver's, with its quirk
+    cached_yaw_rate: FloatArray  # [F] GPT-Driver's, with its quirk
+    uniad_path: FloatArray  # [F, 6, 3] UniAD's planning label; its mask is future_mask
+    uniad_velocity: FloatArray  # [F, 2] UniAD's
+
+
+class TokenTable(Mapping[str, int]):
+    """Token -> row of a table, by binary search in sorted tokens: no dict has to be built.
+
+    Args:
+        tokens: [n] in the order of the rows.
+        order: [n] the rows by ascending token.
+    """
+
+    def __init__(self, tokens: NDArray[np.bytes_], order: NDArray[np.integer]) -> None:
+        self.tokens = tokens
+        self.order = order
+
+    def __getitem__(self, token: str) -> int:
+        """Row of a token.
+
+        Raises:
+            KeyError: there is no such token.
+        """
+        wanted = token.encode() if isinstance(token, str) else b""
+        # By hand: searchsorted with a sorter would look at all of the file.
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high) // 2
+            if self.tokens[self.order[middle]] < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        if not wanted or low == len(self.order) or self.tokens[self.order[low]] != wanted:
+            raise KeyError(token)
+        return int(self.order[low])
+
+    def __iter__(self) -> Iterator[str]:
+        return (token.decode() for token in self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+class FrameTable(Sequence[FrameRecord]):
+    """Key-frames by number, each made when it is asked for; see frame_columns for the arrays."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays["frame.token"])
+
+    @overload
+    def __getitem__(self, number: int) -> FrameRecord: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> tuple[FrameRecord, ...]: ...
+
+    def __getitem__(self, number: int | slice) -> FrameRecord | tuple[FrameRecord, ...]:
+        """One key-frame, or several."""
+        if isinstance(number, slice):
+            return tuple(self[k] for k in range(*number.indices(len(self))))
+        number = range(len(self))[number]  # counts from the end, and refuses what is too far
+        a = self.arrays
+        cameras = tuple(
+            CameraRecord(
+                name,
+                a["camera.token"][number, k].decode(),
+                a["camera.file"][number, k].decode(),
+                (int(a["camera.size"][number, k, 0]), int(a["camera.size"][number, k, 1])),
+                a["camera.intrinsics"][number, k].copy(),
+                a["camera.global_to_camera"][number, k].copy(),
+            )
+            for k, name in enumerate(CAMERAS)
+        )
+        bounds = a["frame.annotations"]
+        return FrameRecord(
+            token=a["frame.token"][number].decode(),
+            number=number,
+            scene=int(a["frame.scene"][number]),
+            position=int(a["frame.position"][number]),
+            prev=int(a["frame.prev"][number]),
+            next=int(a["frame.next"][number]),
+            timestamp_us=int(a["frame.timestamp_us"][number]),
+            cameras=cameras,
+            lidar_file=a["frame.lidar_file"][number].decode(),
+            lidar_to_global=a["frame.lidar_to_global"][number].copy(),
+            ego_to_global=a["frame.ego_to_global"][number].copy(),
+            ego_quaternion=a["frame.ego_quaternion"][number].copy(),
+            first_annotation=int(bounds[number]),
+            last_annotation=int(bounds[number + 1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,11 +229,16 @@ class Index:
     root: Path
     version: str
     scenes: tuple[SceneRecord, ...]
-    frames: tuple[FrameRecord, ...]
+    frames: Sequence[FrameRecord]
     annotations: Annotations
     can_bus: CanBus
-    number_of_token: dict[str, int] = field(repr=False)
-    instance_tokens: tuple[str, ...] = field(repr=False, default=())
+    number_of_token: Mapping[str, int] = field(repr=False)
+    annotation_rows: Mapping[str, int] = field(repr=False)
+    maps: Mapping[str, LocationMap] = field(repr=False, default_factory=dict)
+    paths: AgentPaths | None = field(repr=False, default=None)  # None while it is being built
+    ego: EgoTable | None = field(repr=False, default=None)  # None while it is being built
+    arrays: Arrays = field(repr=False, default_factory=dict)
+    file: Path | None = None
 
     def frame(self, sample_token: str) -> FrameRecord:
         """The key-frame of a sample token.
@@ -143,212 +269,129 @@ class Index:
         """Map the frame lies on."""
         return self.scenes[frame.scene].location
 
+    def map_of(self, frame: FrameRecord) -> LocationMap:
+        """Geometry of the map the frame lies on.
+
+        Raises:
+            UserError: the root has no map expansion of that location.
+        """
+        location = self.location(frame)
+        if location not in self.maps:
+            path = expansion_file(self.root, location)
+            raise UserError(f"map expansion {path} is missing (map targets need it)")
+        return self.maps[location]
+
     @cached_property
-    def annotation_rows(self) -> dict[str, int]:
-        """Annotation token -> row of `annotations`."""
-        return {token.decode(): row for row, token in enumerate(self.annotations.token)}
+    def instance_tokens(self) -> tuple[str, ...]:
+        """Tokens of the instance table; Annotations.instance counts them."""
+        return tuple(token.decode() for token in self.arrays["instance.token"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy for another process maps the same file."""
+        if self.file is None:
+            return Index, tuple(getattr(self, f.name) for f in fields(self))
+        from datamodules.index_file import map_index
+
+        return map_index, (self.file, self.root)
 
 
-def load_index(root: str | Path, version: str) -> Index:
-    """The index of a root, built once per process and root.
+def index_of_arrays(root: Path, version: str, arrays: Arrays, file: Path | None = None) -> Index:
+    """The index over arrays by the names that index_build.py gives them."""
+    categories = tuple(name.decode() for name in arrays["category.name"])
+    boxes = {f.name: arrays[f"annotation.{f.name}"] for f in fields(Annotations)[:-1]}
+    locations = tuple(name.decode() for name in arrays["map.location"])
+    return Index(
+        root=root,
+        version=version,
+        scenes=tuple(_scenes(arrays)),
+        frames=FrameTable(arrays),
+        annotations=Annotations(**boxes, categories=categories),
+        can_bus=CanBus(**{f.name: arrays[f"can_bus.{f.name}"] for f in fields(CanBus)}),
+        number_of_token=TokenTable(arrays["frame.token"], arrays["frame.by_token"]),
+        annotation_rows=TokenTable(arrays["annotation.token"], arrays["annotation.by_token"]),
+        maps={
+            name: LocationMap.of_columns(_under(arrays, f"map.{name}."))
+            for name in locations
+            if name
+        },
+        paths=_record(AgentPaths, "path.", arrays),
+        ego=_record(EgoTable, "ego.", arrays),
+        arrays=arrays,
+        file=file,
+    )
+
+
+def _scenes(arrays: Arrays) -> Iterator[SceneRecord]:
+    texts = ("name", "token", "location", "description", "split")
+    bounds = arrays["scene.frames"].tolist()
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        words = {name: arrays[f"scene.{name}"][number].decode() for name in texts}
+        yield SceneRecord(**words, first=first, last=last)
+
+
+def _under(arrays: Arrays, prefix: str) -> dict[str, NDArray[Any]]:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _record(kind: Any, prefix: str, arrays: Arrays) -> Any:
+    """A dataclass of the arrays under a prefix; None where there are none yet."""
+    found = _under(arrays, prefix)
+    return kind(**found) if found else None
+
+
+def index_of_poses(
+    ego_to_global: FloatArray,
+    lidar_to_ego: FloatArray,
+    quaternions: FloatArray,
+    times_us: NDArray[np.int64],
+) -> Index:
+    """One scene of bare poses, without cameras, boxes or CAN bus: enough for the car's own path.
 
     Args:
-        root: a nuScenes root (or a generated town).
-        version: v1.0-mini, v1.0-trainval or v1.0-test.
-
-    Raises:
-        UserError: anything missing or inconsistent; the sentence names it.
+        ego_to_global: [F, 4, 4].
+        lidar_to_ego: [4, 4].
+        quaternions: [F, 4] rotations of ego_to_global.
+        times_us: [F].
     """
-    folder = Path(root).expanduser().resolve()
-    if version not in SPLITS:
-        raise UserError(f"data version {version!r} is not one of {', '.join(SPLITS)}")
-    tables = check_root(folder, version)
-    # The time of the largest table tells a regenerated root from the one in memory.
-    return _load_index(folder, version, (tables / "sample_data.json").stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=2)
-def _load_index(root: Path, version: str, _modified_ns: int) -> Index:
-    tables = open_tables(root, version)
-    scenes, samples = _scenes_and_samples(tables, version)
-    numbers = {sample["token"]: number for number, (sample, _) in enumerate(samples)}
-    annotations, bounds = _annotations(tables, samples, numbers)
-    frames = _frames(tables, scenes, samples, numbers, bounds)
-    reader = CanBusReader(root)
-    parts = [
-        reader.at(s.name, np.array([f.timestamp_us for f in frames[s.first : s.last]]))
-        for s in scenes
-    ]
-    reader.warn_missing()
-    names = ("acceleration", "rotation_rate", "velocity", "steering", "available")
-    can_bus = CanBus(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+    last = len(times_us) - 1
+    frames = tuple(
+        FrameRecord(
+            token=str(k),
+            number=k,
+            scene=0,
+            position=k,
+            prev=k - 1,
+            next=k + 1 if k < last else -1,
+            timestamp_us=int(times_us[k]),
+            cameras=(),
+            lidar_file="",
+            lidar_to_global=ego_to_global[k] @ lidar_to_ego,
+            ego_to_global=ego_to_global[k],
+            ego_quaternion=quaternions[k],
+            first_annotation=0,
+            last_annotation=0,
+        )
+        for k in range(last + 1)
+    )
+    zeros = np.zeros((last + 1, 3))
+    none = np.zeros(0, dtype=np.int64)
+    nowhere = np.zeros((0, 4))
+    boxes = Annotations(
+        none.astype(np.bytes_), none, none, none, none, nowhere[:, :3], nowhere[:, :3], nowhere,
+        nowhere[:, :2], none, none, none, none, (),
+    )  # fmt: skip
     return Index(
-        root,
-        version,
-        scenes,
-        frames,
-        annotations,
-        can_bus,
-        numbers,
-        tuple(record["token"] for record in tables.instance),
+        root=Path(),
+        version="v1.0-mini",
+        scenes=(SceneRecord("", "", "", "", "", 0, last + 1),),
+        frames=frames,
+        annotations=boxes,
+        can_bus=CanBus(zeros, zeros, zeros, zeros[:, 0], zeros[:, 0] > 0),
+        number_of_token={frame.token: frame.number for frame in frames},
+        annotation_rows={},
     )
 
 
-def _scenes_and_samples(
-    tables: NuScenes, version: str
-) -> tuple[tuple[SceneRecord, ...], list[tuple[dict[str, Any], int]]]:
-    """Scenes in table order, and their samples in time order with the scene's number."""
-    official = create_splits_scenes()
-    split_of = {name: split for split, key in SPLITS[version].items() for name in official[key]}
-    scenes: list[SceneRecord] = []
-    samples: list[tuple[dict[str, Any], int]] = []
-    for scene in tables.scene:
-        first = len(samples)
-        token = scene["first_sample_token"]
-        while token:
-            sample = tables.get("sample", token)
-            if sample["scene_token"] != scene["token"] or len(samples) - first >= len(
-                tables.sample
-            ):
-                raise UserError(f"sample {token} does not belong to the chain of {scene['name']}")
-            samples.append((sample, len(scenes)))
-            token = sample["next"]
-        location = tables.get("log", scene["log_token"])["location"]
-        scenes.append(
-            SceneRecord(
-                scene["name"],
-                scene["token"],
-                location,
-                scene["description"],
-                split_of.get(scene["name"], ""),
-                first,
-                len(samples),
-            )
-        )
-    return tuple(scenes), samples
-
-
-def _annotations(
-    tables: NuScenes, samples: list[tuple[dict[str, Any], int]], numbers: dict[str, int]
-) -> tuple[Annotations, list[int]]:
-    """Boxes of all key-frames and the row each key-frame starts at (F + 1 numbers)."""
-    tokens = [token for sample, _ in samples for token in sample["anns"]]
-    bounds = np.concatenate([[0], np.cumsum([len(s["anns"]) for s, _ in samples])]).astype(int)
-    records = [tables.get("sample_annotation", token) for token in tokens]
-    row_of = {token: row for row, token in enumerate(tokens)}
-    names = tuple(record["name"] for record in tables.category)
-    category_number = {name: number for number, name in enumerate(names)}
-    labels = [
-        DETECTION_CLASSES.index(name) if name else -1
-        for name in (category_to_detection_name(category) for category in names)
-    ]
-    category = np.array([category_number[r["category_name"]] for r in records], dtype=np.int64)
-    frame = np.array([numbers[r["sample_token"]] for r in records], dtype=np.int64)
-    times = np.array([sample["timestamp"] for sample, _ in samples], dtype=np.int64)
-    centre = np.array([r["translation"] for r in records], dtype=np.float64).reshape(-1, 3)
-    following = np.array([row_of.get(r["next"], -1) for r in records], dtype=np.int64)
-    previous = np.array([row_of.get(r["prev"], -1) for r in records], dtype=np.int64)
-    levels = [int(r["visibility_token"] or 0) for r in records]  # the tokens are "1" to "4"
-    annotations = Annotations(
-        token=np.array(tokens, dtype=np.bytes_),
-        frame=frame,
-        instance=np.array(
-            [tables.getind("instance", r["instance_token"]) for r in records], dtype=np.int64
-        ),
-        category=category,
-        label=np.array(labels, dtype=np.int64)[category],
-        centre=centre,
-        size=np.array([r["size"] for r in records], dtype=np.float64).reshape(-1, 3),
-        rotation=np.array([r["rotation"] for r in records], dtype=np.float64).reshape(-1, 4),
-        velocity=_velocities(centre[:, :2], times[frame], previous, following),
-        points=np.array([r["num_lidar_pts"] + r["num_radar_pts"] for r in records], dtype=np.int64),
-        visibility=np.array(levels, dtype=np.int64),
-        next=following,
-        categories=names,
-    )
-    return annotations, bounds.tolist()
-
-
-def _velocities(
-    xy: FloatArray,
-    times_us: NDArray[np.int64],
-    previous: NDArray[np.int64],
-    following: NDArray[np.int64],
-) -> FloatArray:
-    """Velocity [P, 2] from the neighbouring annotations, as the devkit's box_velocity has it."""
-    here = np.arange(len(xy))
-    last = np.where(following >= 0, following, here)
-    first = np.where(previous >= 0, previous, here)
-    elapsed_s = (times_us[last] - times_us[first]) * 1e-6
-    centred = (following >= 0) & (previous >= 0)
-    limit_s = np.where(centred, 2 * MAX_VELOCITY_GAP_S, MAX_VELOCITY_GAP_S)
-    known = (elapsed_s > 0) & (elapsed_s <= limit_s)
-    step = xy[last] - xy[first]
-    return np.where(known[:, None], step / np.where(known, elapsed_s, 1.0)[:, None], 0.0)
-
-
-def _frames(
-    tables: NuScenes,
-    scenes: tuple[SceneRecord, ...],
-    samples: list[tuple[dict[str, Any], int]],
-    numbers: dict[str, int],
-    bounds: list[int],
-) -> tuple[FrameRecord, ...]:
-    channels = (LIDAR, *CAMERAS)
-    data = [[_sensor_data(tables, sample, name) for name in channels] for sample, _ in samples]
-    sensors = [
-        [tables.get("calibrated_sensor", d["calibrated_sensor_token"]) for d in row] for row in data
-    ]
-    poses = [[tables.get("ego_pose", d["ego_pose_token"]) for d in row] for row in data]
-    sensor_to_ego = _rigid_of(sensors)  # [F, 7, 4, 4]
-    ego_to_global = _rigid_of(poses)
-    sensor_to_global = ego_to_global @ sensor_to_ego
-    global_to_sensor = inverse(sensor_to_global)
-    frames = []
-    for number, (sample, scene) in enumerate(samples):
-        cameras = tuple(
-            CameraRecord(
-                name,
-                data[number][k]["token"],
-                data[number][k]["filename"],
-                (data[number][k]["width"], data[number][k]["height"]),
-                np.array(sensors[number][k]["camera_intrinsic"], dtype=np.float64),
-                global_to_sensor[number, k],
-            )
-            for k, name in enumerate(channels)
-            if name != LIDAR
-        )
-        frames.append(
-            FrameRecord(
-                token=sample["token"],
-                number=number,
-                scene=scene,
-                position=number - scenes[scene].first,
-                prev=numbers[sample["prev"]] if sample["prev"] else -1,
-                next=numbers[sample["next"]] if sample["next"] else -1,
-                timestamp_us=sample["timestamp"],
-                cameras=cameras,
-                lidar_file=data[number][0]["filename"],
-                lidar_to_global=sensor_to_global[number, 0],
-                ego_to_global=ego_to_global[number, 0],
-                ego_quaternion=np.array(poses[number][0]["rotation"], dtype=np.float64),
-                first_annotation=bounds[number],
-                last_annotation=bounds[number + 1],
-            )
-        )
-    return tuple(frames)
-
-
-def _sensor_data(tables: NuScenes, sample: dict[str, Any], channel: str) -> dict[str, Any]:
-    if channel not in sample["data"]:
-        raise UserError(
-            f"sample {sample['token']} has no key-frame of {channel} in sample_data.json"
-        )
-    return tables.get("sample_data", sample["data"][channel])
-
-
-def _rigid_of(records: list[list[dict[str, Any]]]) -> FloatArray:
-    return rigid(
-        np.array([[r["translation"] for r in row] for row in records]),
-        np.array([[r["rotation"] for r in row] for row in records]),
-    )
+def without_derived(index: Index) -> Index:
+    """The same index, whose readers compute from poses and boxes what it has stored."""
+    return replace(index, paths=None, ego=None)

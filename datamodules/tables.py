@@ -1,16 +1,21 @@
-"""Opens a nuScenes root with the devkit, and says in one sentence what is wrong with it."""
+"""Reads the tables of a nuScenes root, and says in one sentence what is wrong with them.
+
+Of the two tables that also describe every sweep (most of sample_data and ego_pose), only what
+belongs to key-frames is kept, as it streams by: a million records that nobody asks for would take
+gigabytes. `Tables` has the same names as the devkit's NuScenes, so that code which takes one takes
+the other.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nuscenes.nuscenes import NuScenes
-
 from odvla.errors import UserError
 
+Record = dict[str, Any]
 TABLES = (
     "category",
     "attribute",
@@ -26,6 +31,7 @@ TABLES = (
     "sample_annotation",
     "map",
 )
+STREAMED = ("sample_data", "ego_pose")
 # (table, field, table the field points into, may be empty). map.log_tokens is left out: in the real
 # v1.0-mini it names logs that only v1.0-trainval has.
 LINKS = (
@@ -47,38 +53,120 @@ LINKS = (
     ("scene", "last_sample_token", "sample", False),
     ("scene", "log_token", "log", False),
 )
+_CHUNK = 1 << 22  # characters
+_LONGEST = 1 << 25  # characters of a record; more cannot be one
+Progress = Callable[[str, int, int], None]  # what is being done, done, of how many
 
 
-def open_tables(root: Path, version: str) -> NuScenes:
+class Tables:
+    """Tables of one version; sample_data and ego_pose of the key-frames alone.
+
+    Args:
+        folder: the version's folder.
+        modalities: sensors whose files are kept.
+        progress: told about each table.
+
+    Raises:
+        UserError: a table is not JSON, lacks a field, or a token points nowhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modalities: tuple[str, ...] = ("camera", "lidar"),
+        progress: Progress | None = None,
+    ) -> None:
+        self.folder = folder
+        self._records: dict[str, list[Record]] = {}
+        for done, name in enumerate(n for n in TABLES if n not in STREAMED):
+            if progress is not None:
+                progress(f"reading {name}", done, len(TABLES))
+            self._records[name] = _read_table(folder, name)
+        self._rows: dict[str, dict[str, int]] = {}
+        check_links(self._records, folder, skip=STREAMED)
+        for done, (name, keep) in enumerate(
+            (("sample_data", self._keep_file(modalities)), ("ego_pose", self._keep_pose))
+        ):
+            if progress is not None:
+                progress(f"reading {name}", len(TABLES) - 2 + done, len(TABLES))
+            path = folder / f"{name}.json"
+            self._records[name] = [record for record in stream_records(path) if keep(record)]
+        check_links(self._records, folder, only=("sample_data",))
+        self._connect()
+
+    def __getattr__(self, name: str) -> list[Record]:
+        """A table by its name."""
+        if name.startswith("_") or name not in self._records:
+            raise AttributeError(name)
+        return self._records[name]
+
+    def get(self, table: str, token: str) -> Record:
+        """The record of a token."""
+        return self._records[table][self.getind(table, token)]
+
+    def getind(self, table: str, token: str) -> int:
+        """The row of a token."""
+        if table not in self._rows:
+            records = self._records[table]
+            self._rows[table] = {record["token"]: row for row, record in enumerate(records)}
+        return self._rows[table][token]
+
+    def _keep_file(self, modalities: tuple[str, ...]) -> Callable[[Record], bool]:
+        """Key-frames of the wanted sensors; remembers their poses."""
+        self._poses: set[str] = set()
+        sensors = {s["token"]: s for s in self._records["sensor"]}
+        self._channel = {
+            c["token"]: sensors[c["sensor_token"]]["channel"]
+            for c in self._records["calibrated_sensor"]
+            if sensors[c["sensor_token"]]["modality"] in modalities
+        }
+        known = {c["token"] for c in self._records["calibrated_sensor"]}
+
+        def keep(record: Record) -> bool:
+            calibration = record.get("calibrated_sensor_token")
+            wanted = calibration in self._channel or calibration not in known
+            if not (wanted and record.get("is_key_frame")):
+                return False
+            self._poses.add(record.get("ego_pose_token", ""))
+            return True
+
+        return keep
+
+    def _keep_pose(self, record: Record) -> bool:
+        return record["token"] in self._poses
+
+    def _connect(self) -> None:
+        """Give samples their files and boxes, and boxes their category, as the devkit does."""
+        for sample in self._records["sample"]:
+            sample["data"], sample["anns"] = {}, []
+        for record in self._records["sample_data"]:
+            channel = self._channel[record["calibrated_sensor_token"]]
+            self.get("sample", record["sample_token"])["data"][channel] = record["token"]
+        for record in self._records["sample_annotation"]:
+            instance = self.get("instance", record["instance_token"])
+            record["category_name"] = self.get("category", instance["category_token"])["name"]
+            self.get("sample", record["sample_token"])["anns"].append(record["token"])
+
+
+def open_tables(root: Path, version: str, progress: Progress | None = None) -> Tables:
     """Load all tables of one version, checked.
 
     Args:
         root: folder that holds the version's folder, samples/, maps/.
         version: v1.0-mini, v1.0-trainval or v1.0-test.
-
-    Returns:
-        The devkit's database. It is large: take what is needed and drop it.
+        progress: told about each table.
 
     Raises:
         UserError: the root, the version, a table or a map file is missing, a table is not JSON, or
             a token points nowhere; the sentence names it.
     """
     folder = check_root(root, version)
-    maps = _read_table(folder, "map")
-    for record in maps:
+    for record in _read_table(folder, "map"):
         if not (root / record["filename"]).is_file():
             raise UserError(
                 f"{root / record['filename']}, named by {folder / 'map.json'}, is missing"
             )
-    try:
-        tables = NuScenes(version=version, dataroot=str(root), verbose=False)
-    except (KeyError, json.JSONDecodeError) as error:
-        # The devkit stops at a bare KeyError; find the record that caused it.
-        raw = {name: _read_table(folder, name) for name in TABLES}
-        check_links(raw, folder)
-        raise UserError(f"{folder} cannot be loaded by the nuScenes devkit: {error!r}") from error
-    check_links({name: getattr(tables, name) for name in TABLES}, folder)
-    return tables
+    return Tables(folder, progress=progress)
 
 
 def check_root(root: Path, version: str) -> Path:
@@ -99,40 +187,103 @@ def check_root(root: Path, version: str) -> Path:
     return folder
 
 
-def check_links(tables: Mapping[str, Iterable[Mapping[str, Any]]], folder: Path) -> None:
-    """Follow every token of every table.
+def check_links(
+    tables: Mapping[str, Iterable[Mapping[str, Any]]],
+    folder: Path,
+    *,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] = TABLES,
+) -> None:
+    """Follow every token of the tables.
 
     Args:
         tables: table name -> records.
         folder: where they came from, for the message.
+        skip: tables that are not there yet.
+        only: tables whose tokens are followed.
 
     Raises:
         UserError: naming table, record, field and token of the first that points nowhere.
     """
+    for problem in broken_links(tables, folder, skip=skip, only=only):
+        raise UserError(problem)
+
+
+def broken_links(
+    tables: Mapping[str, Iterable[Mapping[str, Any]]],
+    folder: Path,
+    *,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] = TABLES,
+) -> Iterator[str]:
+    """A sentence for every token that points nowhere and every missing field; see check_links."""
     known = {name: {record["token"] for record in records} for name, records in tables.items()}
     for table, field, target, may_be_empty in LINKS:
+        if table in skip or target in skip or table not in only:
+            continue
         tokens = known[target]
         for record in tables[table]:
             if field not in record:
-                raise UserError(
-                    f"record {record['token']} of {folder / table}.json has no {field!r}"
-                )
+                yield f"record {record['token']} of {folder / table}.json has no {field!r}"
+                continue
             value = record[field]
             for token in value if isinstance(value, list) else (value,):
                 if token in tokens or (may_be_empty and token == ""):
                     continue
-                raise UserError(
+                yield (
                     f"record {record['token']} of {folder / table}.json: {field} {token!r} "
                     f"is not in {target}.json"
                 )
 
 
-def _read_table(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / f"{name}.json"
+def stream_records(path: Path) -> Iterator[Record]:
+    """The records of a table one after another, without holding the whole file.
+
+    Raises:
+        UserError: the file is not a JSON list of records with a token; it names the place.
+    """
     try:
-        records = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield from _stream(path)
+    except UnicodeDecodeError as error:
         raise UserError(f"table {path} is not JSON: {error}") from error
-    if not isinstance(records, list) or any("token" not in record for record in records):
-        raise UserError(f"table {path} is not a list of records with a token")
-    return records
+
+
+def _stream(path: Path) -> Iterator[Record]:
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8") as file:
+        text, at, read = file.read(_CHUNK), 0, 0
+        at = _skip(text, 0)
+        if text[at : at + 1] != "[":
+            raise UserError(f"table {path} is not a list of records with a token")
+        at += 1
+        while True:
+            at = _skip(text, at)
+            if text[at : at + 1] == "]":
+                return
+            try:
+                record, end = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                more = file.read(_CHUNK) if len(text) - at < _LONGEST else ""
+                if not more:
+                    place = read + error.pos
+                    raise UserError(
+                        f"table {path} is not JSON: {error.msg} at character {place}"
+                    ) from error
+                read += at
+                text, at = text[at:] + more, 0
+                continue
+            if not isinstance(record, dict) or "token" not in record:
+                raise UserError(f"table {path} is not a list of records with a token")
+            yield record
+            at = end
+
+
+def _skip(text: str, at: int) -> int:
+    """Past white space and the comma between records."""
+    while at < len(text) and text[at] in " \t\r\n,":
+        at += 1
+    return at
+
+
+def _read_table(folder: Path, name: str) -> list[Record]:
+    return list(stream_records(folder / f"{name}.json"))

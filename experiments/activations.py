@@ -21,8 +21,6 @@ from experiments.schema import ExperimentConfig
 from odvla.encoders.protocol import fake_frames
 from odvla.fake_batch import fake_tokenizer
 from odvla.freezing import FreezePlan
-from odvla.language.splice import Spliced
-from odvla.types import IGNORE_INDEX
 from odvla.vla import DrivingVLA
 
 PROBE_WIDTH = 160  # images of a probe are at most so wide: those of `tiny` as they are
@@ -79,7 +77,7 @@ def language_bytes(config: ExperimentConfig, stage: str, vocab_size: int, load: 
         holder = nn.ModuleDict({"language": language.build(vocab_size)})
         holder.train()
         _freeze(holder, config.stages.of(stage).freeze)
-        model = holder["language"]
+        model: Any = holder["language"]
         shape = (load.rows, load.places)
         embeds = torch.empty(*shape, model.hidden, requires_grad=True)
         states_due = load.rows * load.labels
@@ -106,7 +104,7 @@ def _freeze(model: nn.Module, plan: FreezePlan) -> None:
 
 def vision_bytes(config: ExperimentConfig, stage: str, rows: int, steps: int) -> int:
     """What the vision half keeps of `steps` frames of `rows` scenes; 0 where it does not train."""
-    width, height = config.data.image_size
+    width = config.data.image_size[0]
     factor = 1 if width <= PROBE_WIDTH else 16 * -(-width // 1600)
     first = _probe(config, stage, factor)
     if first == 0 or factor == 1:

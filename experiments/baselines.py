@@ -1,9 +1,9 @@
 """The rows that tell whether vision matters: planners that never see an image.
 
-Constant velocity repeats the last half second. The ego-state MLP is trained on the same split as
-the model and sees everything about the car itself that the model is told: velocity, turn rate,
-accelerations, CAN bus, steering, two seconds of history and the command (AD-MLP's question, asked
-of this data).
+Three go on as the car moves, by its velocity, its acceleration or its yaw rate. The ego-state MLP
+is trained on the same split as the model and sees everything about the car itself that the model is
+told: velocity, turn rate, accelerations, CAN bus, steering, two seconds of history and the command
+(AD-MLP's question, asked of this data).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from odvla.types import COMMANDS, WAYPOINTS, EgoState
+from odvla.types import COMMANDS, STEP_S, WAYPOINTS, EgoState
 
 FloatArray = NDArray[np.float64]
 
@@ -25,6 +25,30 @@ def constant_velocity(ego: EgoState) -> FloatArray:
     """Keep the displacement of the last 0.5 s: [S, 6, 2] metres in LIDAR_TOP at t0."""
     step = ego.last_step.double().numpy()
     return step[:, None] * np.arange(1, WAYPOINTS + 1)[None, :, None]
+
+
+def constant_acceleration(ego: EgoState) -> FloatArray:
+    """Every step differs from the one before as the last two did: [S, 6, 2] metres.
+
+    A car that brakes stops; it does not roll back.
+    """
+    last = ego.last_step.double().numpy()
+    history = ego.history.double().numpy()
+    change = last - (history[:, -1] - history[:, -2])
+    numbers = np.arange(1, WAYPOINTS + 1)[None, :, None]
+    steps = last[:, None] + change[:, None] * numbers
+    onward = np.logical_and.accumulate((steps * last[:, None]).sum(-1) > 0, axis=1)
+    standing = np.linalg.norm(last, axis=-1) < 1e-6  # it may set off
+    return np.cumsum(np.where((onward | standing[:, None])[..., None], steps, 0.0), axis=1)
+
+
+def constant_turn_rate(ego: EgoState) -> FloatArray:
+    """Keep speed and yaw rate of the last half second: [S, 6, 2] metres on an arc."""
+    last = ego.last_step.double().numpy()
+    angle = ego.yaw_rate.double().numpy()[:, None] * STEP_S * np.arange(1, WAYPOINTS + 1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = last[:, :1], last[:, 1:]
+    return np.cumsum(np.stack([x * cos - y * sin, x * sin + y * cos], axis=-1), axis=1)
 
 
 def ego_features(ego: EgoState) -> Tensor:

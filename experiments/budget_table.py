@@ -34,9 +34,10 @@ def print_budgets(
     console.print(_time(found, rates))
     sums = totals(found)
     console.print(
-        f"at most {sums['peak'] / GIB:.1f} GiB a device; handoffs take {sums['disk'] / GIB:.1f} "
-        "GiB on disk. Activations of the language model are counted at full size, those of the "
-        "vision half are scaled from small images.",
+        f"At most {sums['peak'] / GIB:.2f} GiB a device; handoffs take {sums['disk'] / GIB:.2f} "
+        "GiB on disk. What the language model keeps for the backward pass is counted at full size, "
+        "what a vision half that trains keeps is scaled up from small images; what a frozen one "
+        "needs for a moment, and fragments of the allocator, come on top.",
         highlight=False,
     )
 
@@ -60,10 +61,11 @@ def _parameters(found: Sequence[StageBudget]) -> Table:
 
 def _memory(config: ExperimentConfig, found: Sequence[StageBudget]) -> Table:
     parts = ("weights", "gradients", "optimiser", "exchange", "activations", "step", "peak")
-    table = _table("Memory of a device, GiB", "batch", *parts)
+    unit, size = ("GiB", GIB) if totals(found)["peak"] >= GIB else ("MiB", GIB / 1024)
+    table = _table(f"Memory of a device, {unit}", "batch", *parts)
     for stage in found:
         rows = getattr(config.data, stage.stage).batch_size
-        numbers = [f"{getattr(stage.memory, part) / GIB:.2f}" for part in parts]
+        numbers = [f"{getattr(stage.memory, part) / size:.2f}" for part in parts]
         table.add_row(stage.stage, str(rows), *numbers)
     return table
 

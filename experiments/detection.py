@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyquaternion import Quaternion
 
+from odvla.errors import UserError
 from odvla.types import DETECTION_CLASSES
 
 # The devkit's limit on boxes a sample.
@@ -75,28 +76,28 @@ def evaluate_detections(
         results: sample token -> boxes in the devkit's format; what is scored is these key-frames,
             all of the split or a part of it.
         folder: results_nusc.json and the evaluator's files are written here.
+
+    Raises:
+        UserError: the devkit does not accept the boxes.
     """
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.detection.evaluate import DetectionEval
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results_nusc.json"
-    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
-    # The devkit wants the whole split; of what we were not asked about it gets no boxes, and then
-    # it forgets it.
-    everything: dict[str, list[dict[str, Any]]] = {token: [] for token in _samples(nuscenes, split)}
-    everything.update(results)
-    path.write_text(json.dumps({"meta": {"use_camera": True, **meta}, "results": everything}))
-    evaluation = DetectionEval(
-        nuscenes,
-        config=config_factory("detection_cvpr_2019"),
-        result_path=str(path),
-        eval_set=split,
-        output_dir=str(folder),
-        verbose=False,
-    )
+    every = samples_of_split(nuscenes, split)
+    path = write_submission(folder / "results_nusc.json", every, results)
+    try:
+        evaluation = DetectionEval(
+            nuscenes,
+            config=config_factory("detection_cvpr_2019"),
+            result_path=str(path),
+            eval_set=split,
+            output_dir=str(folder),
+            verbose=False,
+        )
+    except AssertionError as error:
+        raise UserError(f"the devkit does not accept the detections: {error}") from error
     for boxes in (evaluation.pred_boxes.boxes, evaluation.gt_boxes.boxes):
-        for token in everything.keys() - results.keys():
+        for token in set(every) - results.keys():
             boxes.pop(token, None)
     evaluation.sample_tokens = evaluation.gt_boxes.sample_tokens
     metrics, _ = evaluation.evaluate()
@@ -104,7 +105,24 @@ def evaluate_detections(
     return {key: value for key, value in metrics.serialize().items() if key != "eval_time"}
 
 
-def _samples(nuscenes: Any, split: str) -> list[str]:
+def write_submission(
+    path: Path, every: Sequence[str], results: Mapping[str, list[dict[str, Any]]]
+) -> Path:
+    """Write boxes as the devkit reads them.
+
+    The devkit wants the whole split (`every`): key-frames without an entry get no boxes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
+    content = {
+        "meta": {"use_camera": True, **meta},
+        "results": {t: [] for t in every} | dict(results),
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def samples_of_split(nuscenes: Any, split: str) -> list[str]:
     """Every key-frame of one of the devkit's splits."""
     from nuscenes.utils.splits import create_splits_scenes
 

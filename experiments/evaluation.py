@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from datamodules.nuscenes import EvaluationFrame, NuScenesDataModule
-from experiments.baselines import EgoMLP, EgoMLPConfig, constant_velocity
-from experiments.report import Planner, Report, ResultTable, planning_tables
+from datamodules.nuscenes import NuScenesDataModule
+from experiments.baselines import EgoMLPConfig
+from experiments.planning_evaluation import evaluate_planning
+from experiments.report import Report, ResultTable
 from odvla.errors import UserError
-from odvla.metrics.captions import score_captions
-from odvla.metrics.forecasting import score_forecasts
-from odvla.metrics.planning import PlanningScores, ProtocolCard, score_plans
+from odvla.metrics.captions import score_captions, score_nux
+from odvla.metrics.forecasting import score_by_class, score_forecasts
+from odvla.metrics.map_segmentation import map_iou
 from odvla.metrics.question_answering import Answer, score_answers
-from odvla.types import WAYPOINTS, EgoState
+from odvla.types import WAYPOINTS
 
 Record = dict[str, Any]
-CARDS = (ProtocolCard(l2="mean_up_to_t"), ProtocolCard(l2="value_at_t"))
 CAPTION_KINDS = {
     "caption_object": "object caption (TOD3Cap)",
     "caption_map": "map caption",
@@ -52,85 +51,6 @@ def read_predictions(path: Path) -> list[Record]:
         except json.JSONDecodeError as error:
             raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
     return records
-
-
-@dataclass(frozen=True)
-class PlanningSplit:
-    """Key-frames side by side: ego states [S], driven paths [S, 6, 2], masks [S, 6]."""
-
-    tokens: tuple[str, ...]
-    scenes: tuple[str, ...]
-    ego: EgoState
-    waypoints: torch.Tensor
-    mask: torch.Tensor
-
-
-def planning_split(frames: Iterable[EvaluationFrame]) -> PlanningSplit:
-    """Stack the key-frames of a split."""
-    rows = list(frames)
-    fields = {
-        name: torch.cat([getattr(row.ego, name) for row in rows])
-        for name in EgoState.__dataclass_fields__
-    }
-    return PlanningSplit(
-        tokens=tuple(row.sample_token for row in rows),
-        scenes=tuple(row.scene_name for row in rows),
-        ego=EgoState(**fields),
-        waypoints=torch.cat([row.plan.waypoints for row in rows]),
-        mask=torch.cat([row.plan.mask for row in rows]),
-    )
-
-
-def evaluate_planning(
-    data: NuScenesDataModule, records: Sequence[Record], baseline: EgoMLPConfig
-) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """Planning tables: the model, itself with vision zeroed, and two planners that are blind."""
-    truth = planning_split(data.evaluation_frames("val"))
-    by_kind = {
-        kind: {record["sample_token"]: record for record in records if record["kind"] == kind}
-        for kind in ("plan", "plan_blind")
-    }
-    if not by_kind["plan"]:
-        raise UserError(
-            "the planning stage wrote no plan: its predictions hold no record of kind 'plan'"
-        )
-    rows = [row for row, token in enumerate(truth.tokens) if token in by_kind["plan"]]
-    tokens = [truth.tokens[row] for row in rows]
-    driven = truth.waypoints[rows].double().numpy()
-    mask = truth.mask[rows].numpy()
-    occupancy = np.stack([_metric_raster(data.occupancy(token)) for token in tokens])
-
-    def score(plans: NDArray[np.float64]) -> tuple[PlanningScores, ...]:
-        return tuple(score_plans(plans, driven, mask, occupancy, card) for card in CARDS)
-
-    planners = []
-    for name, kind in (("OpenDriveVLA", "plan"), ("OpenDriveVLA, vision zeroed", "plan_blind")):
-        if by_kind[kind]:
-            plans, parsed = _plans(by_kind[kind], tokens)
-            planners.append(Planner(name, score(plans), parsed))
-    training = planning_split(data.evaluation_frames("train"))
-    mlp = EgoMLP(baseline)
-    mlp.fit(training.ego, training.waypoints, training.mask, list(training.scenes))
-    planners.append(Planner("ego-state MLP", score(mlp.predict(truth.ego)[rows]), None))
-    planners.append(Planner("constant velocity", score(constant_velocity(truth.ego)[rows]), None))
-    numbers = {
-        planner.name: {
-            **{
-                scores.card.l2: {
-                    "card": scores.card.as_dict(),
-                    "l2_m": scores.l2_m,
-                    "l2_average_m": scores.l2_average_m,
-                    "collision_percent": scores.collision_percent,
-                    "collision_average_percent": scores.collision_average_percent,
-                }
-                for scores in planner.scores
-            },
-            "parsed_percent": planner.parsed_percent,
-            "samples": planner.scores[0].samples,
-        }
-        for planner in planners
-    }
-    return planning_tables(planners), {"planning": numbers}
 
 
 def evaluate_language(
@@ -173,19 +93,29 @@ def evaluate_language(
     for kind, name in CAPTION_KINDS.items():
         said = [record for record in records if record["kind"] == kind]
         if said:
-            caption = score_captions(
-                [record["text"] for record in said], [record["reference"] for record in said]
-            )
-            numbers.setdefault("captions", {})[kind] = asdict(caption)
-            scored = (*caption.bleu, caption.rouge_l, caption.cider)
-            rows.append((name, (*scored, str(caption.captions))))
+            texts = [record["text"] for record in said]
+            references = [record["reference"] for record in said]
+            found = {name: score_captions(texts, references, meteor=False)}
+            if kind == "narration":  # the one data set whose papers print METEOR
+                parts = score_nux(texts, references)
+                found = {
+                    "nuX, narration": parts.narration,
+                    "nuX, reasoning": parts.reasoning,
+                    name: parts.joined,
+                }
+                numbers["nux"] = asdict(parts)
+            numbers.setdefault("captions", {})[kind] = asdict(found[name])
+            for part, caption in found.items():
+                scored = (*caption.bleu, caption.meteor, caption.rouge_l, caption.cider)
+                rows.append((part, (*scored, str(caption.captions))))
     if rows:
         tables.append(
             ResultTable(
                 title=f"Captions after {stage}",
-                columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "n"),
+                columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "n"),
                 rows=tuple(rows),
-                note="pycocoevalcap with a pure-Python tokenizer, one reference each, x 100.",
+                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR: "
+                "nuX alone, where there is Java.",
                 digits=1,
             )
         )
@@ -234,63 +164,147 @@ def evaluate_forecasts(records: Sequence[Record]) -> tuple[tuple[ResultTable, ..
         note=f"{len(agents)} agents that a track token was matched to, {int(moving.sum())} of them "
         "move more than 1 m; one hypothesis; missed: last point more than 2 m off.",
     )
-    return (table,), {
+    classes = [record.get("meta", {}).get("class", "any") for record in agents]
+    by_class = {
+        name: score_by_class(points, driven, mask, read, classes)
+        for name, (points, read) in forecasts.items()
+    }
+    per_class = ResultTable(
+        title="Agent forecasts by class",
+        columns=(
+            "minADE (m)",
+            "minFDE (m)",
+            "missed (%)",
+            "standing minADE",
+            "standing minFDE",
+            "n",
+        ),
+        rows=tuple(
+            (
+                name,
+                (
+                    score.min_ade_m,
+                    score.min_fde_m,
+                    100 * score.missed,
+                    by_class["standing still"][name].min_ade_m,
+                    by_class["standing still"][name].min_fde_m,
+                    str(score.agents),
+                ),
+            )
+            for name, score in by_class["OpenDriveVLA"].items()
+        ),
+        note="in each agent's own frame at t0; six steps of 0.5 s.",
+    )
+    return (table, per_class), {
         "forecasts": {
-            name: {"all": asdict(scores[name]), "movers": asdict(on_movers[name])}
+            name: {
+                "all": asdict(scores[name]),
+                "movers": asdict(on_movers[name]),
+                "by_class": {kind: asdict(score) for kind, score in by_class[name].items()},
+            }
             for name in scores
         }
     }
 
 
-def evaluate_detection(
-    data: NuScenesDataModule, records: Sequence[Record], folder: Path
+def evaluate_perception(
+    data: NuScenesDataModule, records: Sequence[Record], folder: Path, *, tracking: bool = False
 ) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """Detection scores (mAP, NDS) by nuscenes-devkit's own evaluator."""
+    """Detection (mAP, NDS) and tracking by nuscenes-devkit's own evaluators, and the map's IoU.
+
+    Args:
+        data: the root that the predictions were made on.
+        records: of predictions.jsonl.
+        folder: the evaluators write here.
+        tracking: with tracking, which takes the evaluator minutes on large splits.
+    """
+    tables: list[ResultTable] = []
+    numbers: dict[str, Any] = {}
+    found = [record for record in records if record["kind"] == "detection"]
+    if found:
+        new_tables, numbers = _devkit_scores(data, found, folder, tracking=tracking)
+        tables += new_tables
+    cells = [record for record in records if record["kind"] == "map"]
+    if cells:
+        iou = map_iou(cells)
+        numbers["map_iou"] = iou
+        values = tuple(None if value is None else 100 * value for value in iou.values())
+        tables.append(
+            ResultTable(
+                title="Map, IoU (%)",
+                columns=tuple(iou),
+                rows=(("OpenDriveVLA", values),),
+                note=f"{len(cells)} key-frames, on the model's own grid, instances of a class "
+                "joined.",
+                digits=1,
+            )
+        )
+    return tuple(tables), numbers
+
+
+def _devkit_scores(
+    data: NuScenesDataModule, found: Sequence[Record], folder: Path, *, tracking: bool
+) -> tuple[list[ResultTable], dict[str, Any]]:
     from nuscenes.nuscenes import NuScenes
 
     from datamodules.records import SPLITS
     from experiments.detection import evaluate_detections, global_detections
+    from experiments.tracking_scores import evaluate_tracks, global_tracks
 
-    results = {
-        record["sample_token"]: global_detections(
-            record["sample_token"],
+    results, tracks = {}, {}
+    for record in found:
+        frame = data.index.frame(record["sample_token"])
+        results[frame.token] = global_detections(
+            frame.token,
             np.asarray(record["boxes"], float).reshape(-1, 9),
             record["labels"],
             record["scores"],
-            data.index.frame(record["sample_token"]).lidar_to_global,
+            frame.lidar_to_global,
         )
-        for record in records
-        if record["kind"] == "detection"
-    }
-    if not results:
-        return (), {}
+        order = np.argsort(-np.asarray(record["scores"]), kind="stable")
+        ids = record.get("track_ids", [-1] * len(order))
+        ordered = [ids[place] for place in order][: len(results[frame.token])]
+        scene = data.index.scenes[frame.scene].name
+        tracks[frame.token] = global_tracks(results[frame.token], ordered, scene)
     version = data.config.version
     nuscenes = NuScenes(version, dataroot=str(data.config.folder), verbose=False)
-    summary = evaluate_detections(nuscenes, SPLITS[version]["val"], results, folder)
+    split = SPLITS[version]["val"]
+    summary = evaluate_detections(nuscenes, split, results, folder)
+    tables, numbers = [detection_table(summary, len(results))], {"detection": summary}
+    if tracking:
+        scores = evaluate_tracks(nuscenes, split, tracks, folder / "tracking")
+        numbers["tracking"] = scores
+        tables.append(tracking_table(scores, len(tracks)))
+    return tables, numbers
+
+
+def detection_table(summary: Mapping[str, Any], frames: int) -> ResultTable:
+    """The devkit's detection summary; four best classes."""
     present = {name: ap for name, ap in summary["mean_dist_aps"].items() if ap > 0}
     best = dict(sorted(present.items(), key=lambda item: -item[1])[:4])
-    table = ResultTable(
+    errors = (summary["tp_errors"][key] for key in ("trans_err", "scale_err", "orient_err"))
+    return ResultTable(
         title="Detection (nuscenes-devkit)",
         columns=("mAP", "NDS", "mATE (m)", "mASE", "mAOE (rad)", *(f"AP {name}" for name in best)),
         rows=(
-            (
-                "OpenDriveVLA",
-                (
-                    summary["mean_ap"],
-                    summary["nd_score"],
-                    *(
-                        summary["tp_errors"][key]
-                        for key in ("trans_err", "scale_err", "orient_err")
-                    ),
-                    *best.values(),
-                ),
-            ),
+            ("OpenDriveVLA", (summary["mean_ap"], summary["nd_score"], *errors, *best.values())),
         ),
-        note=f"{len(results)} key-frames, configuration detection_cvpr_2019; the mean runs over "
+        note=f"{frames} key-frames, configuration detection_cvpr_2019; the mean runs over "
         "all ten classes, those that this data lacks included.",
         digits=3,
     )
-    return (table,), {"detection": summary}
+
+
+def tracking_table(scores: Mapping[str, Any], frames: int) -> ResultTable:
+    """The devkit's tracking summary."""
+    columns = ("amota", "amotp", "ids", "recall", "mota")
+    return ResultTable(
+        title="Tracking (nuscenes-devkit)",
+        columns=("AMOTA", "AMOTP (m)", "id switches", "recall", "MOTA"),
+        rows=(("OpenDriveVLA", tuple(scores.get(name) for name in columns)),),
+        note=f"{frames} key-frames, configuration tracking_nips_2019, mean over seven classes.",
+        digits=3,
+    )
 
 
 def evaluate(
@@ -299,6 +313,9 @@ def evaluate(
     folder: Path,
     stages: Sequence[str],
     baseline: EgoMLPConfig | None = None,
+    protocols: Sequence[str] = (),
+    *,
+    beyond: bool = False,
 ) -> Report:
     """All tables that the stages run so far give.
 
@@ -308,18 +325,29 @@ def evaluate(
         folder: the experiment's run folder, one folder a stage inside.
         stages: which of the stages have predictions, in order.
         baseline: settings of the ego-state MLP.
+        protocols: further protocols for plans.
+        beyond: plans with the open-loop approximations of closed-loop scores.
     """
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+
+    def planning(found: list[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
+        result = evaluate_planning(
+            data, found, baseline or EgoMLPConfig(), protocols, beyond=beyond
+        )
+        samples.extend(result.samples)
+        return result.tables, result.numbers
+
     scorers: Mapping[
         str, Callable[[list[Record]], tuple[tuple[ResultTable, ...], dict[str, Any]]]
     ] = {
-        "planning": lambda found: evaluate_planning(data, found, baseline or EgoMLPConfig()),
+        "planning": planning,
         "interaction": evaluate_forecasts,
         "instruction": lambda found: evaluate_language(found, "instruction"),
         "alignment": lambda found: evaluate_language(found, "alignment"),
-        "perception": lambda found: evaluate_detection(
-            data, found, folder / "perception" / "detection"
+        "perception": lambda found: evaluate_perception(
+            data, found, folder / "perception" / "detection", tracking=beyond
         ),
     }
     for stage, scorer in scorers.items():
@@ -327,22 +355,7 @@ def evaluate(
             new_tables, new_numbers = scorer(read_predictions(folder / stage / "predictions.jsonl"))
             tables += new_tables
             numbers[stage] = new_numbers
-    return Report(experiment, tuple(tables), numbers)
-
-
-def _metric_raster(occupancy: torch.Tensor) -> NDArray[np.bool_]:
-    """[6, 200, 200] with columns along +x -> columns along -x, as the collision metric reads it."""
-    return occupancy.flip(-1).numpy()
-
-
-def _plans(found: Mapping[str, Record], tokens: Sequence[str]) -> tuple[NDArray[np.float64], float]:
-    """Plans [S, 6, 2] in the order of tokens, and the percentage that could be read."""
-    missing = [token for token in tokens if token not in found]
-    if missing:
-        raise UserError(f"there is no plan for sample {missing[0]} ({len(missing)} in all)")
-    waypoints = [found[token]["waypoints"] for token in tokens]
-    plans = np.array([w if w is not None else [[0.0, 0.0]] * WAYPOINTS for w in waypoints], float)
-    return plans, 100.0 * sum(w is not None for w in waypoints) / len(waypoints)
+    return Report(experiment, tuple(tables), numbers, samples)
 
 
 def _points(paths: Iterable[Sequence[Sequence[float | None]]]) -> NDArray[np.float64]:

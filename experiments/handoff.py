@@ -200,6 +200,12 @@ def _git(*arguments: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
+def fingerprint_of(config: ExperimentConfig) -> str:
+    """Identity of the data of an experiment whose data root is settled."""
+    language = Path(config.data.language_root) if config.data.language_root else None
+    return data_fingerprint(config.data.folder, config.data.version, language)
+
+
 def data_fingerprint(root: Path, version: str, language: Path | None = None) -> str:
     """Identity of a data root: names and sizes of all tables and texts, content of small ones.
 

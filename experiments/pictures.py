@@ -59,7 +59,7 @@ def draw_scene(picture: ScenePicture) -> Image:
     gap = np.full((PANEL_HEIGHT, 8, 3), 255, np.uint8)
     body = np.concatenate([camera, gap, above], axis=1)
     header = np.full((34, body.shape[1], 3), 255, np.uint8)
-    _text(header, picture.title, (10, 23), (40, 40, 40))
+    put_text(header, picture.title, (10, 23), (40, 40, 40))
     x = body.shape[1] - 10
     for label, colour in (
         ("annotated", ANNOTATED),
@@ -69,7 +69,7 @@ def draw_scene(picture: ScenePicture) -> Image:
     ):
         (width, _), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
         x -= width + 14
-        _text(header, label, (x, 23), colour)
+        put_text(header, label, (x, 23), colour)
     return np.ascontiguousarray(np.concatenate([header, body], axis=0))
 
 
@@ -171,7 +171,7 @@ def _draw_ribbon(
     )
     overlay = canvas.copy()
     edges = [
-        _project(
+        project(
             np.c_[dense + s * side, np.full(len(dense), -LIDAR_HEIGHT_M)], intrinsics, lidar_to_cam
         )
         for s in (-1, 1)
@@ -189,7 +189,7 @@ def _draw_box(
     canvas: Image, box: FloatArray, intrinsics: FloatArray, lidar_to_cam: FloatArray
 ) -> None:
     """The twelve edges of a box, if all of it is in front of the camera."""
-    corners = _project(box_corners(box), intrinsics, lidar_to_cam)
+    corners = project(box_corners(box), intrinsics, lidar_to_cam)
     if (corners[:, 2] <= NEAR_M).any():
         return
     pixels = corners[:, :2].round().astype(int)
@@ -201,13 +201,16 @@ def _draw_box(
             )
 
 
-def _project(points: FloatArray, intrinsics: FloatArray, lidar_to_cam: FloatArray) -> FloatArray:
-    """LIDAR points [n, 3] -> [n, 3] of pixel column, pixel row, depth in metres."""
+def project(points: FloatArray, intrinsics: FloatArray, lidar_to_cam: FloatArray) -> FloatArray:
+    """Lidar points [n, 3] -> [n, 3] of pixel column, pixel row, depth in metres."""
     camera = points @ lidar_to_cam[:3, :3].T + lidar_to_cam[:3, 3]
     depth = camera[:, 2:]
     image = camera @ intrinsics.T
     return np.c_[image[:, :2] / np.where(np.abs(depth) < 1e-6, 1e-6, depth), depth]
 
 
-def _text(canvas: Image, text: str, origin: tuple[int, int], colour: tuple[int, int, int]) -> None:
+def put_text(
+    canvas: Image, text: str, origin: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
+    """Small text; origin is its lower left corner."""
     cv2.putText(canvas, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)

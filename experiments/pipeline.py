@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from experiments.handoff import (
     card_sha256,
     check_dialect,
     check_handoff,
-    data_fingerprint,
+    fingerprint_of,
     git_commit,
     read_card,
 )
 from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
-from experiments.sample_pictures import draw_predictions
+from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
 from experiments.stage_run import StageRun, Workshop, is_first_process
 from experiments.tracking import Tracker
@@ -79,8 +80,11 @@ class Pipeline:
             self.shop.tracker.close("", error)
             raise
 
-    def test(self) -> None:
-        """Predict again with every finished stage's weights.
+    def test(self, stage: str = "") -> None:
+        """Predict again with every finished stage's weights, or one's.
+
+        Args:
+            stage: only this one; "": all.
 
         Raises:
             UserError: no stage is finished, or a handoff is damaged.
@@ -88,6 +92,10 @@ class Pipeline:
         done = self.finished()
         if not done:
             raise UserError(f"no stage is finished in {self.shop.folder}; run fit first")
+        if stage and stage not in done:
+            named = ", ".join(done)
+            raise UserError(f"stage {stage!r} is not finished in {self.shop.folder}, only {named}")
+        done = [stage] if stage else done
         for stage in done:
             log.info("stage %s: predicting", stage)
             StageRun(self.shop, stage, None).test()
@@ -97,32 +105,59 @@ class Pipeline:
         """Stages that have a card."""
         return [stage for stage in self.stages if (self.shop.folder / stage / CARD).is_file()]
 
-    def report(self, console: Console) -> None:
+    def report(
+        self,
+        console: Console,
+        protocols: Sequence[str] = (),
+        *,
+        stage: str = "",
+        thorough: bool = False,
+    ) -> None:
         """Evaluate the predictions, print the tables, write and track them; draw pictures.
 
         Does nothing new where the same stages were evaluated before.
+
+        Args:
+            console: where tables are printed.
+            protocols: further protocols for plans, beside the two that are always there.
+            stage: evaluate this one alone, into its own folder; "": all.
+            thorough: with scores beyond L2, and pictures of the worst and the median plans.
         """
         if not is_first_process():
             return
-        shop, stages = self.shop, self.finished()
+        shop, stages = self.shop, [stage] if stage else self.finished()
+        folder = shop.folder / stage if stage else shop.folder
         made_from = {stage: card_sha256(shop.folder / stage) for stage in stages}
         made_from["baseline"] = config_hash(shop.config.baseline)
-        note = shop.folder / EVALUATED
+        if protocols or thorough:
+            made_from["how"] = config_hash({"protocols": list(protocols), "thorough": thorough})
+        note = folder / EVALUATED
         if note.is_file() and json.loads(note.read_text()) == made_from:
-            console.print(Markdown((shop.folder / "table.md").read_text()))
+            console.print(Markdown((folder / "table.md").read_text()))
             return
         data = data_module(shop.config, stages[-1], shop.tokenizer)
         with console.status("evaluating"):
-            report = evaluate(shop.config.name, data, shop.folder, stages, shop.config.baseline)
+            report = evaluate(
+                shop.config.name,
+                data,
+                shop.folder,
+                stages,
+                shop.config.baseline,
+                protocols,
+                beyond=thorough,
+            )
         report.print(console)
-        report.write(shop.folder)
+        report.write(folder)
         with console.status("drawing"):
             pictures = draw_predictions(data, shop.folder, shop.config.pictures)
-        for stage, numbers in report.numbers.items():
-            shop.tracker.log_numbers(stage, numbers)
+            if thorough and report.samples:
+                count = max(1, shop.config.pictures)
+                pictures += draw_cases(data, folder / "cases", report.samples, count)
+        for name, numbers in report.numbers.items():
+            shop.tracker.log_numbers(name, numbers)
         shop.tracker.log_numbers("", report.numbers)
-        names = ("table.md", "results.json", "config.yaml")
-        shop.tracker.log_files("", *(shop.folder / name for name in names), *pictures)
+        written = (folder / "table.md", folder / "results.json", shop.folder / "config.yaml")
+        shop.tracker.log_files("", *written, *pictures)
         shop.tracker.close("")
         write_atomically(note, json.dumps(made_from, indent=1).encode())
 
@@ -153,8 +188,7 @@ def open_pipeline(
             log.info("init.weights are not loaded: stage %s starts from %s", stages[0], parent)
     folder, main = runs / config.name, is_first_process()
     config = prepare_data(config, progress=progress and main)
-    language = Path(config.data.language_root) if config.data.language_root else None
-    fingerprint = data_fingerprint(config.data.folder, config.data.version, language)
+    fingerprint = fingerprint_of(config)
     lock = _lock(folder) if main else None
     if parent is not None:
         tokenizer = ChatTokenizer.load(parent / TOKENIZER)

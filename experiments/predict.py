@@ -21,7 +21,6 @@ from experiments.prepare import build_model, data_module
 from experiments.sample_pictures import MIN_SCORE, full_size_frame, scene_picture
 from experiments.schema import ExperimentConfig
 from odvla.errors import UserError
-from odvla.language.grammar import Range, plan_grammar
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import ParseFailure, Waypoints, median_plan, parse_waypoints
 from odvla.weights import load_weights
@@ -38,6 +37,26 @@ class Prediction:
     waypoints: list[list[float]] | None  # [6][2] metres; None for an answer, or an unreadable plan
     picture: Path
     stage: str  # whose weights were used
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer took."""
+
+    tokens: int
+    runs: int  # of the language model
+    encode_s: float  # seeing, and putting what was seen into the text
+    prefill_s: float  # reading the prompt
+    decode_s: float  # writing
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.tokens} tokens in {self.runs} runs of the language model; encode "
+            f"{1000 * self.encode_s:.0f} ms, prefill {1000 * self.prefill_s:.0f} ms, decode "
+            f"{1000 * self.decode_s:.0f} ms"
+        )
 
 
 def predict(
@@ -77,20 +96,19 @@ def predict(
     load_weights(vla, folder / WEIGHTS)
     vla.eval()
     settings = config.stages.planning or PlanningStageConfig()
-    grammar = None
-    if question is None and settings.constrained:
-        grammar = plan_grammar(
-            tokenizer,
-            Range(*settings.x_range_m),
-            Range(*settings.y_range_m),
-            config.dialect.plan_form.decimals,
-        )
+    stage_of_plans = settings.build(vla)
+    grammar = drafting = None
+    if question is None:
+        grammar = stage_of_plans.grammar(conversation.meta)
+        drafting = stage_of_plans.drafting
     with torch.inference_mode():
         found = vla.generate(
             batch,
             grammar=grammar,
             max_new_tokens=settings.max_new_tokens,
             samples=settings.samples if question is None else 1,
+            temperature=settings.temperature,
+            drafting=drafting,
         )
     text = found.texts[0][0]
     plan: Waypoints | ParseFailure = ParseFailure("not a plan")
@@ -117,7 +135,8 @@ def predict(
         title=f"{sample_token}  {question or ''}",
     )
     save_picture(draw_scene(drawn), path)
-    return Prediction(text, waypoints, path, stage)
+    cost = Cost(found.new_tokens[0], found.runs, found.encode_s, found.prefill_s, found.decode_s)
+    return Prediction(text, waypoints, path, stage, cost)
 
 
 def _last_stage(config: ExperimentConfig, run: Path) -> tuple[str, Path]:

@@ -30,6 +30,8 @@ MADE_FOR = "made_for.json"
 def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> ExperimentConfig:
     """Settle on a data root: the given one, or a town inside it, made if it is not there.
 
+    The root's index is made, too, if there is none that fits.
+
     Returns:
         The config with data.root set.
 
@@ -52,7 +54,38 @@ def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> Experime
                     make_town_at(root, config.town, progress=progress)
     if not root.is_dir():
         raise UserError(f"the data root {root} does not exist")
+    index_with_bar(root, config.data.version, progress=progress)
     return replace(config, data=replace(config.data, root=str(root)))
+
+
+def index_with_bar(
+    root: Path, version: str, out: Path | None = None, *, progress: bool = True
+) -> Path:
+    """Make a root's index with a progress bar.
+
+    Args:
+        root: the data root.
+        version: of the tables.
+        out: where to write it, whatever is there; None: in its usual place, if none there fits.
+        progress: show the bar.
+
+    Returns:
+        The index's file.
+    """
+    from datamodules.index_file import build_index, ensure_index
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not progress, transient=out is None) as bar:
+        # Shown when there is something to do: mostly the index is there.
+        task = bar.add_task("index", total=None, visible=False)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, visible=True)
+
+        if out is None:
+            return ensure_index(root, version, advance)
+        build_index(root, version, out, advance)
+    return out
 
 
 def make_town_at(root: Path, town: TownSettings, *, progress: bool = True) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from odvla.metrics.planning import PlanningScores
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Report:
     experiment: str
     tables: tuple[ResultTable, ...]
     numbers: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # of the planning stage
 
     def print(self, console: Console) -> None:
         """Show every table in the terminal."""
@@ -90,57 +90,20 @@ class Report:
             console.print(table.rich())
 
     def write(self, folder: Path) -> None:
-        """Write table.md and results.json."""
+        """Write table.md and results.json, with every sample where there are plans."""
         tables = [table.markdown() for table in self.tables]
         (folder / "table.md").write_text("\n".join([f"## {self.experiment}", "", *tables]))
-        numbers = json.dumps(self.numbers, indent=2, sort_keys=True)
+        content = {**self.numbers, "samples": self.samples} if self.samples else self.numbers
+        numbers = json.dumps(without_nan(content), indent=2, sort_keys=True)
         (folder / "results.json").write_text(numbers + "\n")
 
 
-@dataclass(frozen=True)
-class Planner:
-    """One row of the planning tables: scores under each card, and the share of readable plans."""
-
-    name: str
-    scores: tuple[PlanningScores, ...]
-    parsed_percent: float | None
-
-
-def planning_tables(planners: Sequence[Planner]) -> tuple[ResultTable, ...]:
-    """One table a protocol, because numbers of different cards must not share a column."""
-    titles = {
-        "mean_up_to_t": "Planning, mean up to t (ST-P3, VAD): L2 in m, collisions in %",
-        "value_at_t": "Planning, value at t (UniAD): L2 in m, collisions in %",
-    }
-    tables = []
-    for index, first in enumerate(planners[0].scores):
-        for planner in planners:
-            if planner.scores[index].card.l2 != first.card.l2:
-                raise ValueError(f"planner {planner.name!r} was scored under another protocol")
-        tables.append(
-            ResultTable(
-                title=titles[first.card.l2],
-                columns=(
-                    *("L2 1s", "2s", "3s", "avg"),
-                    *("col 1s", "2s ", "3s ", "avg "),
-                    "parsed",
-                ),
-                rows=tuple(
-                    (
-                        planner.name,
-                        (
-                            *planner.scores[index].l2_m,
-                            planner.scores[index].l2_average_m,
-                            *planner.scores[index].collision_percent,
-                            planner.scores[index].collision_average_percent,
-                            planner.parsed_percent,
-                        ),
-                    )
-                    for planner in planners
-                ),
-                note=f"{first.samples} samples; collision: {first.card.collision}; occupancy: "
-                f"{first.card.occupancy}; average over {first.card.samples.replace('_', ' ')}; "
-                f"{first.card.parse}.",
-            )
-        )
-    return tuple(tables)
+def without_nan(tree: Any) -> Any:
+    """Nested dicts and lists with None for NaN and infinities, which no JSON file may hold."""
+    if isinstance(tree, Mapping):
+        return {key: without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [without_nan(value) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree

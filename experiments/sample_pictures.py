@@ -105,6 +105,46 @@ def draw_predictions(data: NuScenesDataModule, folder: Path, count: int) -> list
     return paths
 
 
+def draw_cases(
+    data: NuScenesDataModule, folder: Path, samples: Sequence[dict[str, Any]], count: int
+) -> list[Path]:
+    """Draw the worst and the median plans of an evaluation, and plans that collide.
+
+    Args:
+        data: the root the predictions were made on.
+        folder: the pictures go into it.
+        samples: records of planning_scores.sample_records.
+        count: of each kind.
+
+    Returns:
+        The pictures' paths; names tell kind, rank and sample.
+    """
+    protocol = next(iter(samples[0]["collision"]), "") if samples else ""
+    scored = [s for s in samples if protocol in s["l2_avg_m"] and s["plan"] is not None]
+    scored.sort(key=lambda sample: -sample["l2_avg_m"][protocol])
+    middle = max(0, len(scored) // 2 - count // 2)
+    hits = [s for s in scored if any(s["collision"][protocol])]
+    kinds = {
+        "worst": scored[:count],
+        "median": scored[middle : middle + count],
+        "collision": hits[:count],
+    }
+    paths = []
+    for kind, chosen in kinds.items():
+        for rank, sample in enumerate(chosen, start=1):
+            token = sample["sample_token"]
+            title = f"{kind} {rank}: {sample['l2_avg_m'][protocol]:.2f} m  {token}"
+            picture = scene_picture(
+                full_size_frame(data, token),
+                data.config.grid.extent_m,
+                plan=sample["plan"],
+                title=title,
+            )
+            paths.append(folder / f"{kind}-{rank}-{token}.png")
+            save_picture(draw_scene(picture), paths[-1])
+    return paths
+
+
 def _by_sample(path: Path, kind: str) -> dict[str, Any]:
     """Records of one kind by sample token; none where the stage was not run."""
     if not path.is_file():

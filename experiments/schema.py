@@ -75,6 +75,9 @@ class DataConfig:
     root: str = ""  # "": the folder named by ODVLA_DATA, or ./data
     version: str = "v1.0-mini"
     image_size: tuple[int, int] = (320, 180)
+    crop_top: int = 0
+    pad_multiple: int = 1
+    broken_images: int = 0
     language_root: str = ""  # "": <root>/language
     num_workers: int = 0
     cache_images: bool = False

@@ -13,6 +13,7 @@ from experiments.budget import SAMPLE_KINDS
 from experiments.schema import ExperimentConfig
 from odvla.fake_batch import fake_batch, fake_tokenizer
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.token_memory import TokenMemory
 from odvla.types import Batch
 from odvla.vla import DrivingVLA
 from stages.base import StageModule
@@ -72,6 +73,10 @@ def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: Chat
         dialect=config.dialect,
     )
     batch = batch.to(next(vla.parameters()).device)
+    if getattr(settings, "remember_tokens", False):
+        module.memory = TokenMemory()
+        with torch.no_grad():
+            module.memory.keep(batch.valid_rows(), vla.perceive(batch.clip)[0])
     return Trial(
         module, module.configure_optimizers()["optimizer"], batch, config.trainer.precision
     )

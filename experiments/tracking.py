@@ -90,9 +90,13 @@ class Tracker:
         store: the runs folder, where the default store lies.
         name: of the experiment.
         active: False on processes other than the first.
+        parent_id: run that the experiment's own run is a child of, e.g. a sweep's.
     """
 
-    def __init__(self, folder: Path, store: Path, name: str, active: bool) -> None:
+    def __init__(
+        self, folder: Path, store: Path, name: str, active: bool, parent_id: str | None = None
+    ) -> None:
+        self._parent_id = parent_id
         self._file = folder / "mlflow.json"
         self._name = name
         self._client: MlflowClient | None = None
@@ -124,8 +128,15 @@ class Tracker:
         if self._client is None:
             return
         if self._alive("") is None:
+            if self._parent_id is not None:
+                tags = {**tags, "mlflow.parentRunId": self._parent_id}
             self._open("", self._name, tags)
             self._params(self._ids[""], config)
+
+    @property
+    def run_id(self) -> str:
+        """Id of the parent run, once it is open."""
+        return self._ids[""]
 
     def stage(
         self, stage: str, resumed: bool, config: Mapping[str, Any], tags: Mapping[str, Any]

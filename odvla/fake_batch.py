@@ -145,6 +145,9 @@ def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
     boxes[..., :2] = torch.rand(rows, AGENTS, 2, generator=generator) * 40 - 20
     boxes[..., 3:6] = torch.tensor([1.9, 4.5, 1.6])
     shape = (rows, AGENTS)
+    later = torch.Generator().manual_seed(3)
+    ego = torch.zeros(rows, 9)
+    ego[:, 3:7] = torch.tensor([1.73, 4.08, 1.56, torch.pi / 2])
     return AgentTargets(
         boxes=boxes,
         labels=torch.randint(len(DETECTION_CLASSES), shape, generator=generator),
@@ -152,6 +155,9 @@ def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
         mask=torch.ones(shape, dtype=torch.bool),
         future=torch.randn(*shape, WAYPOINTS, 2, generator=generator),
         future_mask=torch.ones(*shape, WAYPOINTS, dtype=torch.bool),
+        past=torch.randn(*shape, 4, 2, generator=later),
+        past_mask=torch.ones(*shape, 4, dtype=torch.bool),
+        ego=ego,
     )
 
 

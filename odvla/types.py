@@ -7,6 +7,7 @@ Shape legend
     L  text tokens (padded)                Q  query slots
     H, W  BEV rows (along y) and columns (along x); h, w  image rows and columns
     C  feature channels                    D  token width
+    P  lidar points (padded)
 
 Frame: nuScenes LIDAR_TOP at t0 unless a name says otherwise (x right, y forward, z up; metres,
 seconds, radians). A box is (x, y, z, width, length, height, yaw, vx, vy): centre, nuScenes' wlh
@@ -105,6 +106,15 @@ class Cameras(TensorFields):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class LidarPoints(TensorFields):
+    """One LIDAR_TOP sweep of B scenes, padded."""
+
+    points: Float[Tensor, "B P 4"]  # x, y, z (metres, lidar frame), intensity 0..255
+    mask: Bool[Tensor, "B P"]  # False: padding
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class Frames(TensorFields):
     """One key-frame of B scenes: all that the car can see at that moment."""
 
@@ -115,6 +125,7 @@ class Frames(TensorFields):
     can_bus: Float[Tensor, "B 18"]  # BEVFormer's vector
     scene_start: Bool[Tensor, " B"]  # True: temporal state of that row must be forgotten
     sample_tokens: tuple[str, ...]
+    lidar: LidarPoints | None = None  # only where an encoder asks for it
 
 
 @jaxtyped(typechecker=beartype)
@@ -164,6 +175,9 @@ class AgentTargets(TensorFields):
     mask: Bool[Tensor, "B A"]  # False: padding
     future: Float[Tensor, "B A 6 2"]  # positions in the agent's own frame (x right, y forward)
     future_mask: Bool[Tensor, "B A 6"]
+    past: Float[Tensor, "B A 4 2"] | None = None  # the same 0.5, 1.0, 1.5, 2.0 s ago
+    past_mask: Bool[Tensor, "B A 4"] | None = None
+    ego: Float[Tensor, "B 9"] | None = None  # the car's own box
 
 
 @jaxtyped(typechecker=beartype)
@@ -228,7 +242,7 @@ class Talk(TensorFields):
     frame_index: Int64[Tensor, " G"]  # row of the Frames this conversation is about
     object_boxes: Float[Tensor, "G 9"]  # NaN where the text has no <OBJECT>
     conversations: tuple[Conversation, ...]
-    object_tracks: Int64[Tensor, " G"] | None = None  # track id of the <OBJECT>; -1: by its box
+    object_tracks: Int64[Tensor, " G"] | None = None  # track id of <OBJECT>; -1, None: by its box
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ batch when no track is near the object, and counted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,16 +22,22 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from odvla.encoders.history import after_history, uniad_history
 from odvla.errors import UserError
 from odvla.language import generation
 from odvla.language.causal_lm import CausalLM, LanguageConfig
+from odvla.language.draft import Drafting, MotionDraft
+from odvla.language.generation import Decoded
 from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.language.waypoints import PlanForm
+from odvla.losses.clip import ClipMatcher, History, Lesson
 from odvla.projectors import ProjectorConfig
 from odvla.types import (
     IGNORE_INDEX,
     AgentPredictions,
+    AgentTargets,
     Batch,
     Frames,
     MapPredictions,
@@ -94,6 +101,16 @@ class Perception:
     tokens: dict[str, TokenSet]  # by stream, before projection
     agent_steps: tuple[AgentPredictions, ...]  # one a step of the clip; () without agent queries
     map_predictions: MapPredictions | None
+    lessons: tuple[Lesson, ...] = ()  # one a step, where `Teaching` was given
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The truth about a clip, for agent queries that learn with it (`learn`, see TrackFormer)."""
+
+    agents: tuple[AgentTargets, ...]  # one a step
+    matcher: ClipMatcher
+    history: History = "detached"
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,10 @@ class Generation:
     new_tokens: tuple[int, ...]  # tokens written, without the end tokens
     perception: Perception | None
     state: VLAState | None
+    runs: int = 0  # times the language model was run, for all answers together
+    encode_s: float = 0.0  # seconds until the prompts were embedded: seeing, projecting, splicing
+    prefill_s: float = 0.0  # until the language model had read them
+    decode_s: float = 0.0  # until all was written
 
 
 class DrivingVLA(nn.Module):
@@ -163,7 +184,12 @@ class DrivingVLA(nn.Module):
     # -- seeing ---------------------------------------------------------------------------------
 
     def perceive(
-        self, clip: tuple[Frames, ...], state: VLAState | None = None, *, blind: bool = False
+        self,
+        clip: tuple[Frames, ...],
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        teaching: Teaching | None = None,
     ) -> tuple[Perception, VLAState]:
         """Look at a clip, oldest frame first.
 
@@ -171,34 +197,56 @@ class DrivingVLA(nn.Module):
             clip: T frames of B scenes, at least one.
             state: what the previous call returned; None at the start.
             blind: show black images, to measure what vision is worth.
+            teaching: let the ground truth decide which tracks live, as in training.
         """
-        return self._perceive(clip, state, blind=blind)
+        return self._perceive(clip, state, blind=blind, teaching=teaching)
 
     def _perceive(
-        self, clip: tuple[Frames, ...], state: VLAState | None, *, blind: bool
+        self,
+        clip: tuple[Frames, ...],
+        state: VLAState | None,
+        *,
+        blind: bool,
+        teaching: Teaching | None = None,
     ) -> tuple[Perception, VLAState]:
-        encoder_state = state.encoder if state else None
+        if blind:
+            clip = tuple(replace(f, images=torch.zeros_like(f.images)) for f in clip)
+        past = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
+        lessons: list[Lesson] = []
         tokens: dict[str, TokenSet] = {}
+        histories = None
+        if teaching is not None and teaching.history == "uniad":
+            histories = uniad_history(self.encoder, clip, past)
         for step, frames in enumerate(clip):
-            if blind:
-                frames = replace(frames, images=torch.zeros_like(frames.images))
-            features, encoder_state = self.encoder(frames, encoder_state)
+            if histories is not None:
+                features, past = self.encoder(after_history(frames), histories[step])
+            else:
+                if teaching is not None and teaching.history == "detached" and past is not None:
+                    past = past.detach()
+                features, past = self.encoder(frames, past)
             now = step == len(clip) - 1
             for stream, module in self.queries.items():
+                before = query_states.get(stream)
+                if stream == "track" and teaching is not None:
+                    learn: Any = module.learn
+                    tokens[stream], query_states[stream], lesson = learn(
+                        features, frames, before, teaching.agents[step], teaching.matcher
+                    )
+                    lessons.append(lesson)
                 # Tracks are carried from frame to frame; other streams matter only now, unless a
                 # module says that it has a memory.
-                if now or getattr(module, "temporal", stream == "track"):
-                    tokens[stream], query_states[stream] = module(
-                        features, frames, query_states.get(stream)
-                    )
+                elif now or getattr(module, "temporal", stream == "track"):
+                    tokens[stream], query_states[stream] = module(features, frames, before)
             if "track" in tokens and isinstance(tokens["track"].predictions, AgentPredictions):
                 agent_steps.append(tokens["track"].predictions)
         map_predictions = tokens["map"].predictions if "map" in tokens else None
         assert not isinstance(map_predictions, AgentPredictions)
-        perception = Perception(features, tokens, tuple(agent_steps), map_predictions)
-        return perception, VLAState(encoder_state, query_states)
+        perception = Perception(
+            features, tokens, tuple(agent_steps), map_predictions, tuple(lessons)
+        )
+        return perception, VLAState(past, query_states)
 
     # -- talking --------------------------------------------------------------------------------
 
@@ -250,6 +298,8 @@ class DrivingVLA(nn.Module):
         blind: bool = False,
         seen: Perception | None = None,
         samples: int = 1,
+        temperature: float = 1.0,
+        drafting: Drafting | None = None,
     ) -> Generation:
         """Answer the batch's conversations.
 
@@ -262,29 +312,40 @@ class DrivingVLA(nn.Module):
             seen: see `forward`.
             samples: 1 writes the most likely tokens; more draws so many answers at random. They
                 depend on the conversation's id, not on the batch.
+            temperature: of the draws; below 1, likely answers are drawn more often.
+            drafting: how plans are guessed before they are verified; None: not at all. The answers
+                are the same.
 
         Raises:
             UserError: as `forward`.
         """
+        started = self._now()
         perception, state = (seen, state) if seen else self._look(batch, state, blind)
         if batch.talk is None:  # all scenes of this group have ended, or the frame has no talk
             return Generation((), (), (), perception, state)
         talk, tokens = batch.talk, self._objects(batch.talk, perception)
         kept = (tokens != -1).nonzero()[:, 0].repeat_interleave(samples)
         answers: list[list[list[int]]] = [[] for _ in tokens]
+        encoded, found = self._now(), Decoded([], 0, 0, 0.0, 0.0)
         if len(kept):
             places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
             prompt = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
             spliced = self._spliced(batch, prompt, tokens, kept, perception, pad_left=True)
-            new = generation.generate(
+            encoded = self._now()
+            drafts = self._drafts(batch, talk, kept, grammar) if _guesses(drafting) else ()
+            found = generation.decode(
                 self.language,
                 spliced,
                 self.tokenizer.end_id,
                 max_new_tokens=max_new_tokens,
                 grammar=grammar,
                 seeds=_seeds(talk, kept, samples),
+                temperature=temperature,
+                drafts=drafts,
+                drafting=drafting,
+                prefix=_shared_text(prompt, kept),
             )
-            for row, ids in zip(kept.tolist(), new, strict=True):
+            for row, ids in zip(kept.tolist(), found.ids, strict=True):
                 answers[row].append(ids)
         return Generation(
             texts=tuple(tuple(map(self.tokenizer.decode, drawn)) for drawn in answers),
@@ -292,7 +353,31 @@ class DrivingVLA(nn.Module):
             new_tokens=tuple(sum(map(len, drawn)) for drawn in answers),
             perception=perception,
             state=state,
+            runs=found.runs,
+            encode_s=encoded - started,
+            prefill_s=found.prefill_s,
+            decode_s=found.decode_s,
         )
+
+    def _drafts(
+        self, batch: Batch, talk: Talk, rows: Tensor, grammar: Grammar | None
+    ) -> list[MotionDraft]:
+        """Guesses of the plans that the conversations `rows` ask for."""
+        if batch.ego is None or grammar is None:
+            raise ValueError("drafts of plans need the batch's ego state, and a grammar")
+        past = batch.ego.history[talk.frame_index[rows]].cpu().numpy()
+        forms = [PlanForm.from_meta(talk.conversations[row].meta) for row in rows.tolist()]
+        return [
+            MotionDraft(self.tokenizer, grammar, form, history)
+            for form, history in zip(forms, past, strict=True)
+        ]
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        device = self.language.head.weight.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def _look(
         self, batch: Batch, state: VLAState | None, blind: bool
@@ -357,6 +442,17 @@ class DrivingVLA(nn.Module):
                 f"tokens, more than {whose} {limit} positions"
             )
         return spliced
+
+
+def _guesses(drafting: Drafting | None) -> bool:
+    return drafting is not None and drafting.guess != "none"
+
+
+def _shared_text(talk: Talk, rows: Tensor) -> list[int]:
+    """Ids that the conversations `rows` all begin with, up to the first slot."""
+    ids = talk.input_ids[rows]
+    same = (ids == ids[:1]).all(0) & talk.mask[rows].all(0) & (ids[0] >= 0)
+    return ids[0, : int(same.long().cumprod(0).sum())].tolist()
 
 
 def _seeds(talk: Talk, rows: Tensor, samples: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from odvla.freezing import FreezePlan
 from odvla.language.grammar import Grammar, future_grammar
@@ -42,14 +41,10 @@ class InteractionStage(TalkStage):
         """Futures, or anything."""
         if not self.config.constrained:
             return None
-        decimals = int(meta["decimals"])
-        if decimals not in self._grammars:
-            self._grammars[decimals] = future_grammar(self.vla.tokenizer, decimals=decimals)
-        return self._grammars[decimals]
-
-    @cached_property
-    def _grammars(self) -> dict[int, Grammar]:
-        return {}  # by number of decimals
+        signed_zero = meta.get("signed_zero") == "yes"
+        return future_grammar(
+            self.vla.tokenizer, decimals=int(meta["decimals"]), signed_zero=signed_zero
+        )
 
     def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
         """An answer with its positions, and those that were driven."""

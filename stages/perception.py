@@ -1,4 +1,9 @@
-"""Stage 0, perception: encoder, agent and map queries learn by detection, tracking and map."""
+"""Stage 0, perception: encoder, agent and map queries learn by detection, tracking and map.
+
+Two ways to learn: `PerceptionLossConfig` judges what the model says by itself (the small query
+modules); `ClipLossConfig` is UniAD's, where the ground truth decides through the clip which query
+is which agent (TrackFormer).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odvla.augmentation import AugmentationConfig, augment
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
+from odvla.losses.clip import ClipCriterion, ClipLossConfig
 from odvla.losses.perception import PerceptionLossConfig
+from odvla.metrics.map_segmentation import map_cells
 from odvla.rows import rows_of
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, VLAState
+from odvla.vla import DrivingVLA, Perception, Teaching, VLAState
 from stages.base import Record, StageConfig, StageLoss, StageModule
 from stages.optimisation import LearningRates, OptimiserConfig
 
@@ -33,7 +41,8 @@ class PerceptionStageConfig(StageConfig):
     freeze: FreezePlan = TRAINS
     optimiser: OptimiserConfig = OPTIMISER
     gradient_clip: float = 35.0
-    losses: PerceptionLossConfig = LOSSES
+    losses: PerceptionLossConfig | ClipLossConfig = LOSSES
+    augmentation: AugmentationConfig | None = None  # of training images; None: they stay
     min_score: float = 0.02  # detections below are not written
     max_boxes: int = 300  # a key-frame; the devkit takes 500
 
@@ -62,27 +71,42 @@ class PerceptionStage(StageModule):
                 "the perception stage needs a bird's-eye-view encoder and agent or map queries, "
                 "which this model lacks; leave the stage out of `run`"
             )
+        track = dict(vla.queries.items()).get("track")
+        if isinstance(config.losses, ClipLossConfig) and not hasattr(track, "learn"):
+            raise UserError(
+                "stages.perception.losses is a ClipLossConfig, which needs agent queries that "
+                f"learn from a clip (TrackFormerConfig), not {type(track).__name__}"
+            )
         self.criterion = config.losses.build(grid)
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
         """Named losses, a mean over the clips."""
-        seen, state = self.vla.perceive(batch.clip, state)
+        clip, teaching = batch.clip, None
+        if self.training and self.config.augmentation is not None:
+            clip = augment(clip, self.config.augmentation)
+        if isinstance(self.criterion, ClipCriterion):
+            if len(batch.agents) != len(clip):
+                raise UserError("data.perception.targets must hold agents for a ClipLossConfig")
+            history = self.criterion.config.history
+            teaching = Teaching(batch.agents, self.criterion.matcher, history)
+        seen, state = self.vla.perceive(clip, state, teaching=teaching)
         rows = batch.valid
         kept = int(rows.sum())
         if kept == 0:
             return StageLoss(torch.zeros((), device=rows.device), 0, state=state)
-        parts = self.criterion(
-            rows_of(seen.agent_steps, rows),
-            rows_of(batch.agents, rows),
-            rows_of(seen.map_predictions, rows),
-            rows_of(batch.map, rows),
-        )
+        of_map = rows_of(seen.map_predictions, rows), rows_of(batch.map, rows)
+        if isinstance(self.criterion, ClipCriterion):
+            head = dict(self.vla.queries.items()).get("map")
+            parts = self.criterion(rows_of(seen.lessons, rows), head, *of_map)
+        else:
+            agents = rows_of(seen.agent_steps, rows), rows_of(batch.agents, rows)
+            parts = self.criterion(*agents, *of_map)
         if not parts:
             raise UserError("no loss is left: stages.perception.losses or data.perception.targets")
         return StageLoss(torch.stack(list(parts.values())).sum(), kept, parts, state)
 
     def predict_rows(self, batch: Batch) -> list[Record]:
-        """Detections of every key-frame."""
+        """Detections of every key-frame, and how far its map was met."""
         seen, self.streams["seeing"] = self.vla.perceive(batch.clip, self.streams.get("seeing"))
         if not seen.agent_steps:
             return []
@@ -104,7 +128,22 @@ class PerceptionStage(StageModule):
                     "track_ids": found.track_ids[row, chosen].tolist(),
                 }
             )
-        return records
+        return records + self._map_records(batch, seen)
+
+    def _map_records(self, batch: Batch, seen: Perception) -> list[Record]:
+        """Cells of the map that were met, where there are both map and prediction."""
+        if seen.map_predictions is None or batch.map is None:
+            return []
+        inside, either = map_cells(seen.map_predictions, batch.map)
+        return [
+            {
+                "sample_token": token,
+                "kind": "map",
+                "intersection": inside[row].tolist(),
+                "union": either[row].tolist(),
+            }
+            for row, token in batch.valid_rows()
+        ]
 
 
 def _rounded(values: Tensor) -> list[Any]:

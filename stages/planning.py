@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
+from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar, Range, plan_grammar
 from odvla.language.waypoints import ParseFailure, PlanForm, median_plan, parse_waypoints
 from odvla.types import Batch, Conversation
-from odvla.vla import DrivingVLA
+from odvla.vla import DrivingVLA, Perception
 from stages.base import Record
 from stages.optimisation import LearningRates, OptimiserConfig
+from stages.plan_ablations import KIND_OF, Ablation, OtherVision, tell_less
 from stages.talk import TalkConfig, TalkStage
 
 TRAINS = FreezePlan(("*",), but_not=("encoder.backbone.*",))
@@ -32,10 +33,14 @@ class PlanningStageConfig(TalkConfig):
     constrained: bool = True  # only well-formed plans can be written
     # 1: the most likely text, as in the paper. More: the median of so many plans drawn at random.
     samples: int = 1
+    temperature: float = 1.0  # of the draws
+    # How a constrained plan is guessed before the model verifies it; what it writes is the same.
+    drafting: Drafting = field(default_factory=Drafting)
     # What the numbers of a constrained plan may be: of its points or steps, as the dialect has it.
     x_range_m: tuple[float, float] = (-99.99, 99.99)
     y_range_m: tuple[float, float] = (-99.99, 99.99)
-    blind_test: bool = True  # the test is taken once more with black images
+    # The test is taken once more for each of them; see plan_ablations.py.
+    ablations: tuple[Ablation, ...] = ("no_vision",)
 
     def __post_init__(self) -> None:
         """Check values.
@@ -46,6 +51,11 @@ class PlanningStageConfig(TalkConfig):
         super().__post_init__()
         if self.samples < 1:
             raise UserError(f"planning needs at least 1 sample, not {self.samples}")
+        if not self.temperature > 0:
+            raise UserError(f"planning.temperature must be positive, not {self.temperature}")
+        for name in self.ablations:
+            if name not in KIND_OF:
+                raise UserError(f"ablations must be some of {', '.join(KIND_OF)}, not {name!r}")
 
     def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> PlanningStage:
         """The stage on a model."""
@@ -57,25 +67,32 @@ class PlanningStage(TalkStage):
 
     name = "planning"
     config: PlanningStageConfig
+    others: OtherVision
 
     def grammar(self, meta: Mapping[str, str]) -> Grammar | None:
         """Plans, or anything."""
         if not self.config.constrained:
             return None
-        decimals = PlanForm.from_meta(meta).decimals
-        if decimals not in self._grammars:
-            bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
-            self._grammars[decimals] = plan_grammar(self.vla.tokenizer, *bounds, decimals=decimals)
-        return self._grammars[decimals]
-
-    @cached_property
-    def _grammars(self) -> dict[int, Grammar]:
-        return {}  # by number of decimals
+        form = PlanForm.from_meta(meta)
+        bounds = (Range(*self.config.x_range_m), Range(*self.config.y_range_m))
+        return plan_grammar(
+            self.vla.tokenizer, *bounds, form.decimals, signed_zero=form.signed_zero
+        )
 
     @property
     def samples(self) -> int:
         """Plans that are drawn for one key-frame."""
         return self.config.samples
+
+    @property
+    def temperature(self) -> float:
+        """Of the draws."""
+        return self.config.temperature
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How constrained plans are guessed."""
+        return self.config.drafting if self.config.constrained else None
 
     def settle(
         self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
@@ -87,13 +104,33 @@ class PlanningStage(TalkStage):
         form = PlanForm.from_meta(conversation.meta)
         return median_plan(texts, form, batch.ego.last_step[row].cpu())
 
+    def on_test_epoch_start(self) -> None:
+        """Streams start anew."""
+        super().on_test_epoch_start()
+        self.others = OtherVision()
+
     def predict_rows(self, batch: Batch) -> list[Record]:
-        """One plan a key-frame, and one that was made without seeing."""
+        """One plan a key-frame, and one for everything that is hidden in turn."""
         records = self.answers(batch)
-        if self.config.blind_test:
-            blind = self.answers(batch, blind=True)
-            records += [{**record, "kind": "plan_blind"} for record in blind]
+        seen = self.seen
+        for ablation in self.config.ablations:
+            changed = self._ablated(batch, ablation, seen)
+            records += [{**record, "kind": KIND_OF[ablation]} for record in changed]
         return records
+
+    def _ablated(self, batch: Batch, ablation: Ablation, seen: Perception | None) -> list[Record]:
+        if ablation == "no_vision":
+            return self.answers(batch, blind=True)
+        if ablation == "other_vision":
+            return self.answers(self.others.swap(batch), stream=ablation)
+        if batch.talk is None or batch.ego is None:
+            return []
+        # All dialects of an experiment's data are one.
+        dialect = getattr(self.trainer.datamodule, "dialect", None)  # type: ignore[attr-defined]
+        if dialect is None:
+            raise UserError(f"the test {ablation!r} needs data that words its own requests")
+        less = tell_less(batch, ablation, dialect, self.vla.tokenizer)
+        return self.answers(less, stream=ablation, seen=seen)
 
     def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
         """A plan beside the path that was driven (from the poses, with its mask)."""

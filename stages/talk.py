@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar
 from odvla.types import Batch, Conversation
-from odvla.vla import VLAState
+from odvla.vla import Perception, VLAState
 from stages.base import Record, StageConfig, StageLoss, StageModule, gather
 
 
@@ -27,6 +28,7 @@ class TalkStage(StageModule):
 
     config: TalkConfig
     unmatched = 0  # conversations of the test whose object no track was found for
+    seen: Perception | None = None  # what the last plain answers were given about
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
         """Cross-entropy of the assistant's text, a mean over its tokens."""
@@ -48,6 +50,16 @@ class TalkStage(StageModule):
         """Answers that are drawn for one conversation; 1: the most likely one."""
         return 1
 
+    @property
+    def temperature(self) -> float:
+        """Of the draws."""
+        return 1.0
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How answers are guessed before they are verified; None: not at all."""
+        return None
+
     def settle(
         self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
     ) -> str:
@@ -68,21 +80,40 @@ class TalkStage(StageModule):
         """One record a conversation, but for those whose object was not found."""
         return self.answers(batch)
 
-    def answers(self, batch: Batch, *, blind: bool = False) -> list[Record]:
-        """Answer a batch; `blind` zeroes the images, in a stream of its own."""
-        stream = "blind" if blind else "seeing"
+    def answers(
+        self,
+        batch: Batch,
+        *,
+        blind: bool = False,
+        stream: str = "",
+        seen: Perception | None = None,
+    ) -> list[Record]:
+        """Answer a batch.
+
+        Args:
+            batch: the next key-frames of the streamed scenes.
+            blind: zero the images.
+            stream: whose temporal state it goes on from; "": the seeing or the blind one's.
+            seen: what the vision half makes of the batch, where that is known.
+        """
+        plain = not blind and not stream
+        stream = stream or ("blind" if blind else "seeing")
         # All conversations of an experiment share a dialect, and so the form of their numbers.
         grammar = self.grammar(batch.talk.conversations[0].meta) if batch.talk else None
         found = self.vla.generate(
             batch,
             self.streams.get(stream),
-            grammar=None if grammar is None else grammar.to(self.device),
+            grammar=grammar,
             max_new_tokens=self.config.max_new_tokens,
             blind=blind,
-            seen=None if blind else self.recall(batch),
+            seen=None if blind else seen or self.recall(batch),
             samples=self.samples,
+            temperature=self.temperature,
+            drafting=self.drafting,
         )
         self.streams[stream] = found.state
+        if plain:
+            self.seen = found.perception
         if batch.talk is None:
             return []
         records = []
@@ -92,7 +123,7 @@ class TalkStage(StageModule):
             if not unmatched:
                 text = self.settle(texts, conversation, batch, row)
                 records.append(self.record(conversation, text, batch, row))
-        if not blind:
+        if plain:
             self.unmatched += sum(found.unmatched)
         return records
 

@@ -1,6 +1,7 @@
 """What several tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ from hypothesis import settings
 # How long an example takes says something about the machine, nothing about the code.
 settings.register_profile("odvla", deadline=None)
 settings.load_profile("odvla")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indexes of roots that may not be written to go to a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ODVLA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

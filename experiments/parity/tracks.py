@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
+from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.track_life import (
     EGO,
     NOBODY,
-    Draws,
     MemoryBank,
     QueryInteraction,
     Range,
@@ -21,7 +21,6 @@ from odvla.queries.track_life import (
     Tracks,
     give_ids,
     move_references,
-    training_tracks,
 )
 from odvla.queries.trackformer import TrackFormer, TrackFormerConfig, boxes_of_codes
 from odvla.types import BevGrid, SceneFeatures
@@ -224,11 +223,13 @@ def _training_step(
     interaction.train()
     tracks = bank(tracks)
     yield from _bank_checks("train/", tracks, tracks.ids[0] >= 0, wanted)
-    draws = Draws(
-        keep=inputs["draw_rand_like_scores"] > facts["qim_args"]["random_drop"],
-        false_positives=int(inputs["draw_bernoulli_fp"].sum()),
-    )
-    carried = interaction(training_tracks(tracks, draws))
+    # The draws were made for the tracks that overlap well, and for those of them that were kept.
+    good = ((tracks.ids >= 0) & (tracks.iou > 0.5))[0].nonzero()[:, 0]
+    kept = inputs["draw_rand_like_scores"] > facts["qim_args"]["random_drop"]
+    keep, accompany = torch.zeros(2, *tracks.ids.shape, dtype=torch.bool)
+    keep[0, good] = kept
+    accompany[0, good[kept]] = inputs["draw_bernoulli_fp"].bool()
+    carried = interaction(training_tracks(tracks, Draws(keep, accompany)))
     merged = bare_tracks(given["in/init_query"], facts["mem_bank_len"]).cat(carried)
     yield Check("train/qim_obj_idxes", merged.ids[0], wanted["qim_obj_idxes"], "index")
     yield Check("train/qim_query", merged.query[0], wanted["qim_query"])

@@ -197,6 +197,7 @@ def _bev_frame(
     if "prev_bev_rotated" in wanted:
         assert shared.previous is not None
         turned = wanted["prev_bev_rotated"].transpose(0, 1)
+        assert shared.previous is not None
         yield Check(f"{name}prev_bev_rotated", shared.previous, turned)
     for number, layer in enumerate(encoder.layers):
         assert isinstance(layer, BEVFormerLayer)

@@ -1,4 +1,4 @@
-"""The verbs about data: `data make`."""
+"""The verbs about data: `data make`, `data index`, `data show`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from odvla.errors import UserError
 
 def add(verbs: Verbs) -> None:
     """Declare the verbs."""
-    data = verbs.add_parser("data", help="make data", description="Make data.")
+    data = verbs.add_parser(
+        "data", help="make, index and show data", description="Make, index and show data."
+    )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = add_verb(
         actions,
@@ -27,6 +29,83 @@ def add(verbs: Verbs) -> None:
     make.add_argument("--image-size", default="320x180", help="width x height (default 320x180)")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    index = add_verb(
+        actions,
+        "index",
+        "read a root's tables, maps and CAN bus into one file that opens at once",
+        "data index data/nuscenes --version v1.0-trainval",
+        make_index,
+    )
+    add_root(index)
+    index.add_argument(
+        "--out", type=Path, help="file to write (default: in the root, or in ODVLA_CACHE)"
+    )
+    show = add_verb(
+        actions,
+        "show",
+        "draw a sample: six cameras with boxes and lidar, and the scene from above",
+        "data show data/nuscenes --sample ca9a282c9e77460f8360f564131a8af5 --out sample.png",
+        show_sample,
+    )
+    add_root(show)
+    show.add_argument("--sample", metavar="TOKEN", help="default: the root's first")
+    show.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """A data root and its version."""
+    parser.add_argument("root", type=Path, help="a nuScenes root, or a town")
+    parser.add_argument("--version", help="e.g. v1.0-trainval (default: the only one there is)")
+
+
+def version_of(options: argparse.Namespace) -> str:
+    """The chosen version, or the only one of the root.
+
+    Raises:
+        UserError: there are none or several to choose from.
+    """
+    if options.version:
+        return options.version
+    found = sorted(p.name for p in options.root.glob("v1.0-*") if p.is_dir())
+    if len(found) != 1:
+        listed = ", ".join(found) or "none"
+        raise UserError(
+            f"{options.root} must hold one version of tables, or name one with --version; "
+            f"found: {listed}"
+        )
+    return found[0]
+
+
+def make_index(options: argparse.Namespace) -> None:
+    """An index."""
+    from datamodules.index_file import map_index
+    from experiments.prepare import index_with_bar
+
+    version = version_of(options)
+    file = index_with_bar(options.root, version, options.out)
+    index = map_index(file, options.root)
+    Console(soft_wrap=True, highlight=False).print(
+        f"{file}: {len(index.scenes)} scenes, {len(index.frames)} key-frames, "
+        f"{len(index.annotations.token)} boxes, {len(index.maps)} maps, "
+        f"{file.stat().st_size / 1e6:.0f} MB"
+    )
+
+
+def show_sample(options: argparse.Namespace) -> None:
+    """A picture."""
+    from datamodules.nuscenes import NuScenesDataConfig
+    from experiments.cameras_picture import draw_sample, sample_view
+    from experiments.pictures import save_picture
+    from experiments.prepare import index_with_bar
+
+    version = version_of(options)
+    index_with_bar(options.root, version)
+    data = NuScenesDataConfig(str(options.root), version).build()
+    token = options.sample or data.index.frames[0].token
+    size = data.index.frame(token).cameras[0].size
+    data = NuScenesDataConfig(str(options.root), version, image_size=size).build()
+    save_picture(draw_sample(sample_view(data, token), token), options.out)
+    Console(soft_wrap=True, highlight=False).print(f"{options.out}")
 
 
 def make_data(options: argparse.Namespace) -> None:

@@ -43,9 +43,13 @@ def add_verb(
     return parser
 
 
-def add_experiment(parser: argparse.ArgumentParser) -> None:
+def add_experiment(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The experiment, and how it is changed."""
-    parser.add_argument("experiment", help="a name from `list`, or package.module:function")
+    parser.add_argument(
+        "experiment",
+        nargs=None if required else "?",
+        help="a name from `list`, or package.module:function",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

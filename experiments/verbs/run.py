@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,10 +21,12 @@ from experiments.verbs.parser import (
     wide_console,
 )
 
+HIDDEN = ("no_vision", "other_vision", "no_ego", "no_history", "no_command")
+
 
 def add(verbs: Verbs) -> None:
     """Declare the verbs."""
-    add_verb(verbs, "list", "name all experiments", "list", list_experiments)
+    add_verb(verbs, "list", "name all experiments and sweeps", "list", list_experiments)
 
     show = add_verb(
         verbs, "show", "print an experiment's config", "show tiny seed=1", show_experiment
@@ -51,11 +54,29 @@ def add(verbs: Verbs) -> None:
         verbs,
         "test",
         "predict again with the trained stages, then evaluate",
-        "test tiny",
+        "test tiny --stage planning --protocol uniad --hide no_ego --hide other_vision",
         test_experiment,
     )
     add_experiment(test)
     add_places(test)
+    test.add_argument("--stage", default="", help="only this one, e.g. planning (default: all)")
+    test.add_argument(
+        "--protocol",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="score plans under this one, too (see score --help); may be given again",
+    )
+    test.add_argument(
+        "--hide",
+        action="append",
+        default=[],
+        choices=(*HIDDEN, "all"),
+        help="plan once more without this; may be given again (default: the experiment's)",
+    )
+    test.add_argument(
+        "--keep-predictions", action="store_true", help="score what was predicted before"
+    )
 
     ask = add_verb(
         verbs,
@@ -76,14 +97,16 @@ def list_experiments(options: argparse.Namespace) -> None:
     """Names and first lines of the docstrings."""
     from rich.table import Table
 
-    from experiments.find import experiments
+    from experiments.find import experiments, sweeps
 
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, (_, line) in experiments().items():
-        table.add_row(name, line)
-    Console().print(table)
+    console = Console()
+    for title, found in (("experiments", experiments()), ("sweeps", sweeps())):
+        table = Table(box=None, show_header=False, title=title, title_justify="left")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for name, (_, line) in found.items():
+            table.add_row(name, line)
+        console.print(table)
 
 
 def show_experiment(options: argparse.Namespace) -> None:
@@ -106,11 +129,19 @@ def fit_experiment(options: argparse.Namespace) -> None:
 def test_experiment(options: argparse.Namespace) -> None:
     """Predict again and evaluate."""
     from experiments.pipeline import open_pipeline
+    from odvla.metrics.protocol import protocols_of
 
+    protocols_of(options.protocol)  # a name that does not exist shows before the work
     quiet_libraries()
-    pipeline = open_pipeline(experiment_of(options), runs_of(options))
-    pipeline.test()
-    pipeline.report(wide_console())
+    config = experiment_of(options)
+    if options.hide and config.stages.planning is not None:
+        hidden: Any = HIDDEN if "all" in options.hide else tuple(dict.fromkeys(options.hide))
+        planning = replace(config.stages.planning, ablations=hidden)
+        config = replace(config, stages=replace(config.stages, planning=planning))
+    pipeline = open_pipeline(config, runs_of(options))
+    if not options.keep_predictions:
+        pipeline.test(options.stage)
+    pipeline.report(wide_console(), options.protocol, stage=options.stage, thorough=True)
 
 
 def predict_sample(options: argparse.Namespace) -> None:
@@ -131,4 +162,5 @@ def predict_sample(options: argparse.Namespace) -> None:
     else:
         for number, (x, y) in enumerate(found.waypoints, start=1):
             console.print(f"{number * 0.5:.1f} s  x {x:7.2f} m  y {y:7.2f} m")
+    console.print(f"{found.cost}", markup=False)
     console.print(f"picture: {found.picture}", markup=False)

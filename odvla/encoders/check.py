@@ -6,14 +6,15 @@ check_encoder(MyEncoderConfig()) returns quietly or raises a ValueError that nam
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from odvla.encoders.protocol import fake_frames
-from odvla.types import Cameras, Frames, SceneFeatures
+from odvla.rows import rows_of
+from odvla.types import Frames, SceneFeatures
 
 TOLERANCE = 1e-3  # sums of another length round differently; real mixing of rows is far larger
 
@@ -136,13 +137,4 @@ def _check_gradients(name: str, encoder: Any, frames: tuple[Frames, Frames], see
 
 def take_rows(frames: Frames, rows: slice) -> Frames:
     """Some rows of a batch of frames."""
-    taken: dict[str, Any] = {}
-    for field in fields(frames):
-        value = getattr(frames, field.name)
-        if isinstance(value, Cameras):
-            assert is_dataclass(value)
-            value = Cameras(value.intrinsics[rows], value.lidar_to_cam[rows])
-        else:
-            value = value[rows]
-        taken[field.name] = value
-    return Frames(**taken)
+    return rows_of(frames, torch.arange(len(frames.scene_start))[rows])

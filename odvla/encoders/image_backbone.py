@@ -45,6 +45,11 @@ class ImageBackboneConfig:
             )
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the stages' outputs."""
+        return self.widths[1:]
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the stages' outputs."""
         return tuple(4 * 2**stage for stage in range(len(self.blocks)))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64, jaxtyped
 from torch import Tensor
 
 from odvla.errors import UserError
-from odvla.types import BevGrid, Cameras, Frames, SceneFeatures, TensorFields
+from odvla.types import BevGrid, Cameras, Frames, LidarPoints, SceneFeatures, TensorFields
 
 
 @jaxtyped(typechecker=beartype)
@@ -78,6 +78,7 @@ def fake_frames(
     seed: int = 0,
     *,
     step: int = 0,
+    lidar_points: int = 0,
 ) -> Frames:
     """Noise images from a plausible ring of six cameras, for tests and contract checks.
 
@@ -86,6 +87,7 @@ def fake_frames(
         image_size: width, height.
         seed: noise and ego positions.
         step: key-frames since the start; the car drives on by 3 m a step and turns a little.
+        lidar_points: of a sweep that lies around the car, some of them padding; 0: no lidar.
     """
     width, height = image_size
     generator = torch.Generator().manual_seed(seed * 1009 + step)
@@ -122,4 +124,14 @@ def fake_frames(
         can_bus=torch.randn(batch, 18, generator=generator),
         scene_start=torch.full((batch,), step == 0),
         sample_tokens=tuple(f"fake-{row}-{step}" for row in range(batch)),
+        lidar=_fake_lidar(batch, lidar_points, generator) if lidar_points else None,
     )
+
+
+def _fake_lidar(batch: int, count: int, generator: torch.Generator) -> LidarPoints:
+    """Points up to 40 m away; every row has another number of them."""
+    place = (torch.rand(batch, count, 3, generator=generator) - 0.5) * torch.tensor([80, 80, 4])
+    intensity = torch.rand(batch, count, 1, generator=generator) * 255
+    used = torch.arange(count).expand(batch, -1) < count - torch.arange(batch).unsqueeze(1)
+    points = torch.cat([place, intensity], -1) * used.unsqueeze(-1)
+    return LidarPoints(points, used)

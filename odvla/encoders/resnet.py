@@ -23,6 +23,10 @@ from odvla.ops.deformable_conv import ModulatedDeformConv
 PIXEL_MEAN_BGR = (103.53, 116.28, 123.675)
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 EXPANSION = 4
+# A BatchNorm with frozen statistics normalises nothing. Where no weights are loaded, its scales
+# start so that activations stay of the order of 1: pixels by their spread, residual branches small.
+PIXEL_SPREAD = 60.0
+RESIDUAL_START = 0.2
 MULTIPLE = 32  # images are padded at the bottom and right to a multiple of this
 
 
@@ -158,6 +162,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Bottleneck):
+                nn.init.constant_(module.bn3.weight, RESIDUAL_START)
+        nn.init.constant_(self.bn1.weight, 1 / PIXEL_SPREAD)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalise, pad and encode.

@@ -1,22 +1,58 @@
-"""Decoding of a batch from embeddings: greedy or sampled, with or without a grammar.
+"""Decoding of a batch from embeddings: greedy or sampled, with or without a grammar or drafts.
 
-Prompts are padded at the left, so that all rows write at the same place. A row that has written the
-end token is finished; decoding stops when all are.
+The model is run on the prompts, and then on what was written, until all rows have ended. A run
+reads a tree of tokens a row (see `draft`): first what is decided but not read yet, then a guess of
+what follows. At each node the model says what it writes next; as long as that is in the tree, no
+further run is needed to read it. Tokens that a grammar leaves no choice about are written unasked.
+
+    prompt -> runs on trees:  chosen token + forced tokens + guess   -> longest path that is right
+
+What is written is what a loop without cache, drafts and forced tokens would write: the token of
+the largest logit among those allowed, and of the lowest id where several are equally large. (In
+floating point a logit may differ in its last digits with the shape of a run; only two logits as
+close as that could swap.) Drawn tokens are those of the largest logit plus noise, the noise being
+the row's and the place's alone, so they are no different with drafts either.
+
+Prompts come padded at the left and are moved to start in slot 0. Where all begin with the same
+text, its keys and values are computed once for the weights and used again in later calls.
+
+Shapes: G rows, S places of a prompt, T nodes of a run, D width, K tokens of the grammar.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from odvla.errors import UserError
 from odvla.language.causal_lm import CausalLM
+from odvla.language.choice import Choice
+from odvla.language.draft import Draft, Drafting, TokenTree
 from odvla.language.grammar import Grammar
+from odvla.language.kv_cache import PREFIXES, RowCache, decoding
 from odvla.language.splice import Spliced
+
+FREE = 0  # state of a row without a grammar
+LEAST_NODES = 6  # of a row's tree, however many rows share a run
+SHORTEST_PREFIX = 16  # tokens: below, looking whether weights have changed costs more
+ROUND = 16  # slots that a run sees are rounded up to this, for few different shapes
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """New ids of each row, and what they cost."""
+
+    ids: list[list[int]]  # without end tokens
+    runs: int  # times the model was run, the prompts' runs included
+    read: int  # tokens that it was run on after the prompts, all rows together
+    prefill_s: float  # seconds until the prompts were read
+    decode_s: float  # seconds after that
 
 
 def generate(
@@ -28,6 +64,26 @@ def generate(
     grammar: Grammar | None = None,
     seeds: Sequence[int] = (),
 ) -> list[list[int]]:
+    """New ids of each row; see `decode`."""
+    found = decode(
+        language, prompts, end_id, max_new_tokens=max_new_tokens, grammar=grammar, seeds=seeds
+    )
+    return found.ids
+
+
+def decode(
+    language: CausalLM,
+    prompts: Spliced,
+    end_id: int,
+    *,
+    max_new_tokens: int,
+    grammar: Grammar | None = None,
+    seeds: Sequence[int] = (),
+    temperature: float = 1.0,
+    drafts: Sequence[Draft] = (),
+    drafting: Drafting | None = None,
+    prefix: Sequence[int] = (),
+) -> Decoded:
     """The most likely next token, again and again, or a random one as likely as the model says.
 
     Args:
@@ -38,13 +94,14 @@ def generate(
         grammar: what may be written; None: anything.
         seeds: one a row: its tokens are drawn at random; none: they are the most likely ones. What
             a row draws depends on its seed and prompt alone, not on the rows beside it.
-
-    Returns:
-        New ids of each row.
+        temperature: logits are divided by it before tokens are drawn.
+        drafts: one a row that guesses what the row writes; they need a grammar.
+        drafting: how much of a guess is tried.
+        prefix: ids of text that all prompts begin with, to be remembered for later calls.
 
     Raises:
-        UserError: prompt and answer together are longer than the model's context, or the model
-            computes NaN.
+        UserError: prompt and answer together are longer than the model's context, the temperature
+            is not positive, or the model computes NaN.
     """
     S = prompts.embeds.shape[1]
     if max_new_tokens + S > language.max_positions:
@@ -52,90 +109,269 @@ def generate(
             f"a prompt of {S} tokens and {max_new_tokens} new ones exceed the language model's "
             f"{language.max_positions} positions"
         )
+    if not temperature > 0:
+        raise UserError(f"the temperature must be positive, not {temperature}")
+    if drafts and grammar is None:
+        raise ValueError("drafts are for texts of a grammar")
     training = language.training
     language.eval()  # gradient checkpointing, where it is on, would keep the cache empty
     try:
-        rows = _decode(language, prompts, end_id, max_new_tokens, grammar, seeds)
+        with torch.no_grad():
+            choice = Choice(language, grammar, seeds, temperature)
+            settings = drafting or Drafting()
+            decoder = _Decoder(language, prompts, end_id, max_new_tokens, choice, drafts, settings)
+            return decoder.run(prefix)
     finally:
         language.train(training)
-    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
 
 
-@torch.no_grad()
-def _decode(
-    language: CausalLM,
-    prompts: Spliced,
-    end_id: int,
-    max_new_tokens: int,
-    grammar: Grammar | None,
-    seeds: Sequence[int],
-) -> list[list[int]]:
-    """New ids of each row; a finished row is filled up with end_id."""
-    G, S, _ = prompts.embeds.shape
-    choose = _Choice(language, grammar, G, seeds)
-    cache = DynamicCache(config=language.model.config)
-    embeds, positions = prompts.embeds, prompts.position_ids
-    mask = F.pad(prompts.attention_mask, (0, max_new_tokens), value=True)
-    running = torch.ones(G, dtype=torch.bool, device=embeds.device)
-    written: list[Tensor] = []
-    for step in range(max_new_tokens):
-        states = language.model.model(
+@dataclass
+class _Row:
+    """What one row has written and read.
+
+    `written` starts with a stand-in for the prompt's last place, which is read like a token: what
+    the model says there comes first.
+    """
+
+    written: list[int]
+    states: list[int]  # of the grammar, behind each token written
+    limit: int
+    end_id: int
+    read: int = 0  # tokens of `written` whose keys are in the cache
+    done: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        """The new ids."""
+        return self.written[1:]
+
+    def write(self, token: int, grammar: Grammar | None) -> None:
+        """Add a token."""
+        self.written.append(token)
+        self.states.append(FREE if grammar is None else grammar.steps[self.states[-1]][token])
+        self.done = token == self.end_id or len(self.ids) == self.limit
+
+    def force(self, grammar: Grammar | None) -> None:
+        """Add the tokens that are the only ones allowed."""
+        if grammar is not None and not self.done:
+            for token in grammar.forced(self.states[-1])[: self.limit - len(self.ids)]:
+                self.write(token, grammar)
+
+
+class _Decoder:
+    """One batch on its way."""
+
+    def __init__(
+        self,
+        language: CausalLM,
+        prompts: Spliced,
+        end_id: int,
+        max_new_tokens: int,
+        choice: Choice,
+        drafts: Sequence[Draft],
+        drafting: Drafting,
+    ) -> None:
+        self.language = language
+        self.end_id = end_id
+        self.choice = choice
+        self.grammar = choice.grammar
+        self.limit = max_new_tokens
+        self.drafts = drafts
+        self.drafting = drafting
+        self.embeds, self.lengths = _from_the_left(prompts)
+        self.device = self.embeds.device
+        self.runs = self.tokens_read = 0
+        start = FREE if self.grammar is None else self.grammar.start
+        self.rows = [_Row([end_id], [start], max_new_tokens, end_id) for _ in self.lengths]
+        # The last row that runs has all the nodes, and writes them behind its last token at worst.
+        nodes = max(LEAST_NODES, drafting.tokens_per_run if drafts else 1, max_new_tokens)
+        capacity = self.embeds.shape[1] + max_new_tokens + nodes + ROUND
+        self.cache = RowCache(language.model.config.num_hidden_layers, capacity)
+
+    def run(self, prefix: Sequence[int]) -> Decoded:
+        """Write all rows to their ends."""
+        started = read = self._now()
+        if self.limit > 0:
+            with decoding(self.language.model, self.embeds.shape[1] + self.limit):
+                self._read_prompts(self._known(prefix))
+                read = self._now()
+                while not all(row.done for row in self.rows):
+                    self._step()
+        ids = [[token for token in row.ids if token != self.end_id] for row in self.rows]
+        return Decoded(ids, self.runs, self.tokens_read, read - started, self._now() - read)
+
+    # -- the prompts ----------------------------------------------------------------------------
+
+    def _known(self, prefix: Sequence[int]) -> int:
+        """Fill the cache with a prefix of all prompts; returns its length."""
+        # The last place of a prompt is always read, for what it says comes next.
+        ids = tuple(prefix)[: min(self.lengths) - 1]
+        kept = PREFIXES.of(self.language) if len(ids) >= SHORTEST_PREFIX else None
+        if kept is None:
+            return 0
+        if ids not in kept:
+            cache = RowCache(self.cache.layer_count, len(ids))
+            self._states(self.embeds[:1, : len(ids)], cache, 0, len(ids), None)
+            assert cache.block is not None
+            kept[ids] = cache.block
+        kept.move_to_end(ids)
+        self.cache.start_with(kept[ids], len(self.rows))
+        return len(ids)
+
+    def _read_prompts(self, known: int) -> None:
+        """Run on the prompts but for the `known` first places, and on a guess behind each."""
+        for row in self.rows:
+            row.force(self.grammar)
+        # Branches would need a mask over the whole prompt; a chain is but a longer prompt.
+        trees = [self._tree(g, branches=False) for g in range(len(self.rows))]
+        S = self.embeds.shape[1] + max(map(len, trees)) - 1
+        embeds = F.pad(self.embeds, (0, 0, 0, S - self.embeds.shape[1]))
+        for length, tree, places in zip(self.lengths, trees, embeds, strict=True):
+            tokens = torch.tensor(tree.tokens[1:], dtype=torch.int64, device=self.device)
+            places[length : length - 1 + len(tree)] = self.language.embed(tokens)
+        mask = None  # causal
+        if known:
+            slots = torch.arange(S, device=self.device)
+            mask = (slots <= slots[known:, None])[None, None]  # [1, 1, S - known, S]
+        states = self._states(embeds[:, known:], self.cache, known, S, mask)
+        rows = [g for g, tree in enumerate(trees) for _ in tree.tokens]
+        places_read = [self._base(g) - known + d for g, t in enumerate(trees) for d in t.depths]
+        self._accept(trees, states[rows, places_read])
+
+    # -- what is written ------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """One run on a tree for each row that has not ended."""
+        trees = [
+            TokenTree() if row.done else self._tree(g, branches=self.drafting.branches)
+            for g, row in enumerate(self.rows)
+        ]
+        G, T = len(trees), max(map(len, trees))
+        base = np.array([self._base(g) for g in range(G)])
+        tokens = np.full((G, T), self.end_id)
+        depths = np.zeros((G, T), dtype=np.int64)
+        sees = np.tile(np.eye(T, dtype=bool), (G, 1, 1))  # [G, T, T] nodes on the way to a node
+        for g, tree in enumerate(trees):
+            tokens[g, : len(tree)], depths[g, : len(tree)] = tree.tokens, tree.depths
+            for node, parent in enumerate(tree.parents):
+                if parent >= 0:
+                    sees[g, node] |= sees[g, parent]
+        used = min(-(-(int(base.max()) + T) // ROUND) * ROUND, self.cache.capacity)
+        slots = base[:, None] + np.arange(T)
+        visible = np.tile(np.arange(used) < base[:, None, None], (1, T, 1))  # [G, T, used]
+        for g in range(G):
+            visible[g, :, base[g] : base[g] + T] = sees[g]
+        states = self._states(
+            self.language.embed(self._tensor(tokens)),
+            self.cache,
+            self._tensor(slots),
+            used,
+            self._tensor(visible)[:, None],
+            self._tensor(base[:, None] + depths),
+        )
+        rows = [g for g, tree in enumerate(trees) for _ in tree.tokens]
+        nodes = [node for tree in trees for node in range(len(tree))]
+        self.tokens_read += len(nodes)
+        self._accept(trees, states[rows, nodes])
+
+    def _tree(self, g: int, *, branches: bool) -> TokenTree:
+        """What row g is to be run on: what it has written and not read, and a guess."""
+        row, tree = self.rows[g], TokenTree()
+        unread = zip(row.written[row.read :], row.states[row.read :], strict=True)
+        for token, state in unread:
+            tree.add(token, len(tree) - 1, state)
+        if self.drafts and not row.done:
+            assert self.grammar is not None
+            tree.grow(
+                self.drafts[g].propose(row.ids),
+                self.grammar,
+                most=self._most(),
+                deepest=self.limit - 1 - row.read,  # the last token need not be read
+                branches=branches,
+            )
+        return tree
+
+    def _accept(self, trees: Sequence[TokenTree], states: Tensor) -> None:
+        """Write what the model says at the nodes of the trees.
+
+        Args:
+            trees: one a row, without nodes where the row has ended.
+            states: [nodes of all trees, D] what the model made of them.
+        """
+        places = [
+            (g, self.rows[g].read + depth) for g, tree in enumerate(trees) for depth in tree.depths
+        ]
+        best = self.choice(states, [state for tree in trees for state in tree.states], places)
+        moved: list[tuple[int, int, int]] = []
+        for g, (row, tree) in enumerate(zip(self.rows, trees, strict=True)):
+            said, best = best[: len(tree)], best[len(tree) :]
+            if row.done:
+                continue
+            node = len(row.written) - row.read - 1  # of the last token written
+            path = list(range(node + 1))
+            while not row.done:
+                row.write(said[node], self.grammar)
+                follower = tree.children[node].get(said[node])
+                if follower is None:
+                    break
+                node = follower
+                path.append(node)
+            base = self._base(g)
+            moved += [(g, base + k, base + at) for at, k in enumerate(path) if k != at]
+            row.read += len(path)
+            row.force(self.grammar)
+        if moved:
+            self.cache.move(*zip(*moved, strict=True))
+
+    # -- running --------------------------------------------------------------------------------
+
+    def _base(self, g: int) -> int:
+        """Slot and position of row g's next token."""
+        return self.lengths[g] - 1 + self.rows[g].read
+
+    def _most(self) -> int:
+        """Nodes that a row's tree may have, unless more are written and not read."""
+        if not self.drafts:
+            return 1
+        running = sum(not row.done for row in self.rows)
+        return max(LEAST_NODES, self.drafting.tokens_per_run // max(1, running))
+
+    def _states(
+        self,
+        embeds: Tensor,
+        cache: RowCache,
+        slots: Tensor | int,
+        used: int,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Run the model: [G, T, D] -> [G, T, D]."""
+        if positions is None:
+            positions = torch.arange(used - embeds.shape[1], used, device=self.device)[None]
+        cache.at(slots, used)
+        self.runs += 1
+        return self.language.model.base_model(
             inputs_embeds=embeds,
-            attention_mask=mask[:, : S + step],
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        tokens = choose(states).masked_fill(~running, end_id)
-        written.append(tokens)
-        running = running & (tokens != end_id)
-        if not running.any():
-            break
-        embeds = language.embed(tokens)[:, None]
-        positions = positions[:, -1:] + 1
-    return torch.stack(written, dim=1).tolist()
+        ).last_hidden_state
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
-class _Choice:
-    """Next token of each row; keeps each row's place in the grammar and in its random numbers."""
-
-    def __init__(
-        self, language: CausalLM, grammar: Grammar | None, rows: int, seeds: Sequence[int]
-    ) -> None:
-        self.head = language.head
-        self.grammar = grammar
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if grammar is not None:
-            device = self.head.weight.device
-            self.token_ids = grammar.token_ids.to(device)
-            self.next_state = grammar.next_state.to(device)
-            self.state = torch.full((rows,), grammar.start, device=device)
-            # Only these rows of the head can win; with Qwen's 150 thousand that is most of a step.
-            self.weight = self.head.weight[self.token_ids]
-            self.bias = None if self.head.bias is None else self.head.bias[self.token_ids]
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Token ids [G] for hidden states [G, D]."""
-        if self.grammar is None:
-            return self._drawn(_checked(self.head(states))).argmax(-1)
-        logits = _checked(F.linear(states, self.weight, self.bias))  # [G, K]
-        followers = self.next_state[self.state]  # [G, K]
-        best = self._drawn(logits).masked_fill(followers < 0, -torch.inf).argmax(-1)  # [G]
-        self.state = followers.gather(1, best[:, None])[:, 0]
-        return self.token_ids[best]
-
-    def _drawn(self, logits: Tensor) -> Tensor:
-        """Logits whose maximum is a random draw (Gumbel's trick), where rows have seeds."""
-        if not self.generators:
-            return logits
-        uniform = torch.stack(
-            [torch.rand(logits.shape[-1], generator=generator) for generator in self.generators]
-        )
-        return logits - (-uniform.clamp_min(1e-30).log()).log().to(logits.device)
-
-
-def _checked(logits: Tensor) -> Tensor:
-    """The logits in fp32; NaN, which argmax would take for the best, is refused."""
-    if logits.isnan().any():
-        raise UserError("the language model's logits are NaN: its weights or its inputs are broken")
-    return logits.float()
+def _from_the_left(prompts: Spliced) -> tuple[Tensor, list[int]]:
+    """Embeddings [G, S, D] with all padding at the right, and the rows' lengths."""
+    S = prompts.embeds.shape[1]
+    lengths = prompts.attention_mask.sum(1)
+    take = (torch.arange(S, device=lengths.device) + (S - lengths)[:, None]).clamp(max=S - 1)
+    embeds = prompts.embeds.gather(1, take[..., None].expand_as(prompts.embeds))
+    return embeds, lengths.tolist()

@@ -203,7 +203,7 @@ class ChatTokenizer:
             frame_index=torch.tensor(list(frame_index), dtype=torch.int64),
             object_boxes=boxes,
             conversations=tuple(conversations),
-            object_tracks=tracks,
+            object_tracks=tracks if bool((tracks >= 0).any()) else None,
         )
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -6,12 +6,14 @@ is written the same way without the tags, in the agent's own frame, and a point 
 is `(UN,UN)`. A PlanForm may write fewer decimals, and motion instead of points.
 
 Reading is strict: anything but one such text is a ParseFailure, to be counted. `reference_repair`
-is the released code's lenient way, for scoring texts that other programs wrote.
+is the released code's lenient way, for scoring texts that other programs wrote; `read_plans` reads
+many texts by either policy and counts what could not be read.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -26,6 +28,7 @@ TRAJ_START, TRAJ_END = "<traj_start>", "<traj_end>"
 UNKNOWN = "UN"
 DECIMALS = 2
 PlanValues = Literal["points", "steps", "changes"]
+ParsePolicy = Literal["strict", "reference"]
 
 _PLAN = re.compile(re.escape(TRAJ_START) + r"\[(.*)\]" + re.escape(TRAJ_END))
 _FUTURE = re.compile(r"\[(.*)\]")
@@ -58,6 +61,8 @@ class PlanForm:
         decimals: of every number. What rounding leaves of one step goes into the next, so that it
             never adds up. The car's own motion is not rounded: else its last digits, which the
             model does not write, would make those that it writes jump.
+        signed_zero: a number that rounds to zero from below is written with a minus, as in the
+            released dialect.
 
     Raises:
         UserError: there is no such form.
@@ -65,6 +70,7 @@ class PlanForm:
 
     values: PlanValues = "points"
     decimals: int = DECIMALS
+    signed_zero: bool = False
 
     def __post_init__(self) -> None:
         """Check both settings."""
@@ -76,11 +82,13 @@ class PlanForm:
     @classmethod
     def from_meta(cls, meta: Mapping[str, str]) -> PlanForm:
         """The form that a conversation's plan is written in (`Conversation.meta`)."""
-        return cls(cast(PlanValues, meta["form"]), int(meta["decimals"]))
+        signed_zero = meta.get("signed_zero") == "yes"
+        return cls(cast(PlanValues, meta["form"]), int(meta["decimals"]), signed_zero)
 
     def as_meta(self) -> dict[str, str]:
         """What `from_meta` reads."""
-        return {"form": self.values, "decimals": str(self.decimals)}
+        signed = {"signed_zero": "yes"} if self.signed_zero else {}
+        return {"form": self.values, "decimals": str(self.decimals), **signed}
 
     def numbers(self, positions: NDArray[np.float64], last_step: ArrayLike) -> NDArray[np.float64]:
         """Positions [6, 2] as what is written of them; see `format_waypoints`."""
@@ -117,15 +125,21 @@ class Waypoints:
 
 @dataclass(frozen=True)
 class ParseFailure:
-    """Why a text is not a trajectory."""
+    """Why a text is not a trajectory.
+
+    `exception` names what the released code would have stopped its evaluation with; "" where it is
+    not the released code's way that failed.
+    """
 
     reason: str
+    exception: str = ""
 
 
-def format_number(value: float, decimals: int = DECIMALS) -> str:
-    """Two decimals or fewer; a zero has no sign (what rounds to -0.00 is written 0.00)."""
+def format_number(value: float, decimals: int = DECIMALS, *, signed_zero: bool = False) -> str:
+    """Two decimals or fewer; what rounds to -0.00 is written 0.00, unless zeros have a sign."""
     text = f"{value:.{decimals}f}"
-    return text[1:] if float(text) == 0.0 and text.startswith("-") else text
+    unsigned = float(text) == 0.0 and text.startswith("-") and not signed_zero
+    return text[1:] if unsigned else text
 
 
 def format_waypoints(
@@ -144,11 +158,16 @@ def format_waypoints(
     written = np.asarray(waypoints, dtype=np.float64)
     if written.ndim == 2:
         written = form.numbers(written, last_step)
-    return f"{TRAJ_START}{format_future(written, decimals=form.decimals)}{TRAJ_END}"
+    points = format_future(written, decimals=form.decimals, signed_zero=form.signed_zero)
+    return f"{TRAJ_START}{points}{TRAJ_END}"
 
 
 def format_future(
-    positions: ArrayLike, known: ArrayLike | None = None, decimals: int = DECIMALS
+    positions: ArrayLike,
+    known: ArrayLike | None = None,
+    decimals: int = DECIMALS,
+    *,
+    signed_zero: bool = False,
 ) -> str:
     """Write the future of an agent.
 
@@ -156,6 +175,7 @@ def format_future(
         positions: [6, 2] metres, in the agent's own frame.
         known: [6] False where the position is not known; None means that all are.
         decimals: of every number.
+        signed_zero: see `PlanForm`.
 
     Raises:
         ValueError: another shape, or a known number that is not finite.
@@ -169,10 +189,12 @@ def format_future(
         )
     if not np.isfinite(xy[mask]).all():
         raise ValueError("a trajectory must be finite to be written")
+
+    def written(value: float) -> str:
+        return format_number(value, decimals, signed_zero=signed_zero)
+
     points = [
-        f"({format_number(x, decimals)},{format_number(y, decimals)})"
-        if is_known
-        else f"({UNKNOWN},{UNKNOWN})"
+        f"({written(x)},{written(y)})" if is_known else f"({UNKNOWN},{UNKNOWN})"
         for (x, y), is_known in zip(xy.tolist(), mask.tolist(), strict=True)
     ]
     return f"[{','.join(points)}]"
@@ -236,15 +258,51 @@ def reference_repair(text: str) -> Waypoints | ParseFailure:
     """Read and mend a text as the released evaluation does.
 
     A short list of points is filled up with its last one and a long one cut. Where the released
-    code stops the whole evaluation (no pair at all, a malformed number), this is a ParseFailure.
+    code stops the whole evaluation (no pair at all, a malformed number), this is a ParseFailure
+    that names its exception.
     """
     for pattern, replacement in _REPAIRS:
         text = re.sub(pattern, replacement, text)
     try:
         pairs = [(float(x), float(y)) for x, y in _LOOSE_POINT.findall(text)]
     except ValueError:
-        return ParseFailure("a number is malformed")
+        return ParseFailure("a number is malformed", "ValueError")
     if not pairs:
-        return ParseFailure("no pair of numbers")
+        return ParseFailure("no pair of numbers", "IndexError")
     pairs = (pairs + [pairs[-1]] * WAYPOINTS)[:WAYPOINTS]
     return Waypoints(np.array(pairs), np.ones(WAYPOINTS, dtype=bool))
+
+
+@dataclass(frozen=True)
+class ReadPlans:
+    """Plans read from texts."""
+
+    plans: tuple[Waypoints | None, ...]  # None: could not be read
+    failures: Mapping[str, int]  # how many texts could not be read, by reason
+    policy: ParsePolicy
+
+    @property
+    def failed(self) -> int:
+        """Texts that could not be read."""
+        return sum(self.failures.values())
+
+
+def read_plans(texts: Sequence[str], policy: ParsePolicy = "strict") -> ReadPlans:
+    """Read texts that some program wrote in answer to requests for plans, and count failures.
+
+    Args:
+        texts: one a sample, plans as points with two decimals.
+        policy: "strict" takes well-formed plans alone; "reference" mends as the released code does.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    readers = {"strict": parse_waypoints, "reference": reference_repair}
+    if policy not in readers:
+        raise UserError(f"plans are read by the policy strict or reference, not {policy!r}")
+    found = [readers[policy](text) for text in texts]
+    return ReadPlans(
+        tuple(plan if isinstance(plan, Waypoints) else None for plan in found),
+        Counter(plan.reason for plan in found if isinstance(plan, ParseFailure)),
+        policy,
+    )

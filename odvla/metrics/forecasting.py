@@ -1,7 +1,11 @@
-"""Agent forecasting: average and final displacement, with k = 1 hypothesis a forecast."""
+"""Agent forecasting: average and final displacement, with k = 1 hypothesis a forecast.
+
+The convention of stage 2.5: positions in the agent's own frame at t0, six steps of 0.5 s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,3 +59,19 @@ def score_forecasts(
         agents=len(distance),
         unreadable=int((~readable).sum()),
     )
+
+
+def score_by_class(
+    predicted: NDArray[np.floating],
+    driven: NDArray[np.floating],
+    mask: NDArray[np.bool_],
+    readable: NDArray[np.bool_],
+    classes: Sequence[str],
+) -> dict[str, ForecastScores]:
+    """The same for the agents of every class [S], by name; see `score_forecasts`."""
+    names = np.asarray(classes)
+    found = {}
+    for name in sorted(set(classes)):
+        own = names == name
+        found[name] = score_forecasts(predicted[own], driven[own], mask[own], readable[own])
+    return found

@@ -1,186 +1,213 @@
-"""Open-loop planning: L2 and collision in the two protocols of the field.
+"""Open-loop planning: L2 and collision rate under any protocol of the field.
 
 The two published tables differ in how six steps become a number: UniAD reads the value AT 1, 2 and
-3 s, ST-P3 (and VAD) the mean UP TO 1, 2 and 3 s. Numbers of different protocols must never share a
-column, so every result here carries a ProtocolCard.
+3 s, ST-P3 (and VAD) the mean UP TO 1, 2 and 3 s; see protocol.py for all other choices. Everything
+is computed for all samples at once.
 
-Frame: LIDAR_TOP at t0, x right, y forward, metres; six steps 0.5 s apart.
+Shape legend: S samples, T = 6 steps 0.5 s apart.
+Frame: LIDAR_TOP at t0, x right, y forward, metres.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
+from odvla.metrics.collisions import Traffic, collisions
+from odvla.metrics.protocol import ProtocolCard
+from odvla.metrics.samples import SampleMetric
 from odvla.types import WAYPOINTS
 
-FloatArray = NDArray[np.floating]
-BoolArray = NDArray[np.bool_]
-
-L2Convention = Literal["value_at_t", "mean_up_to_t"]
 SECONDS = (1, 2, 3)
 STEPS_PER_SECOND = 2
 
-# The collision raster of ST-P3, which UniAD, VAD and OpenDriveVLA use: 200 x 200 cells of 0.5 m; a
-# cell's coordinate is its centre, the first one at -49.75 m. Rows grow with y (forward), columns
-# grow with -x (left).
-GRID_CELLS = 200
-CELL_M = 0.5
-FIRST_CENTRE_M = -49.75
-EGO_LENGTH_M = 4.084
-EGO_WIDTH_M = 1.85
-EGO_FORWARD_SHIFT_M = 0.5  # from LIDAR_TOP to the middle of the car
-
 
 @dataclass(frozen=True)
-class ProtocolCard:
-    """What a planning number means; two numbers are comparable only when their cards are equal.
+class PlanningSamples:
+    """Numbers of every scored sample, sorted by name."""
 
-    Attributes:
-        l2: the value at t seconds (UniAD's table) or the mean of all steps up to t (ST-P3's,
-            VAD's).
-        collision: how a collision is decided.
-        occupancy: which classes fill the raster.
-        samples: "valid_steps" averages over the annotated steps; "all_samples" is the reference's
-            way, which
-            divides by all samples although a step that is masked out adds zero.
-        parse: what happens to a plan that cannot be read.
-        ego_status: whether the planner saw velocity, CAN bus and history.
-    """
-
-    l2: L2Convention
-    collision: str = (
-        "ego box 4.084 x 1.85 m, never rotated; steps where the driven path collides are left out"
-    )
-    occupancy: str = "vehicles"
-    samples: Literal["valid_steps", "all_samples"] = "valid_steps"
-    parse: str = "an unreadable plan counts as standing still"
-    ego_status: str = "used"
-
-    def as_dict(self) -> dict[str, str]:
-        """The card as plain strings, for JSON and run tags."""
-        return asdict(self)
+    names: tuple[str, ...]  # [S]
+    l2_m: Tensor  # [S, T] not masked
+    hits: Tensor  # bool [S, T] the plan collides and the driven path does not
+    driven_hits: Tensor  # bool [S, T]
+    mask: Tensor  # bool [S, T] the future was recorded
 
 
 @dataclass(frozen=True)
 class PlanningScores:
-    """Scores of one planner under one card, in metres and percent, for 1, 2 and 3 s."""
+    """Scores of one planner under one card: metres and fractions for 1, 2 and 3 s."""
 
     card: ProtocolCard
     l2_m: tuple[float, float, float]
-    collision_percent: tuple[float, float, float]
-    samples: int
+    collision: tuple[float, float, float]
+    l2_steps_m: tuple[float, ...]  # of each of the six steps, before they are put together
+    collision_steps: tuple[float, ...]
+    samples: int  # that the averages are over
+    driven_collisions: int  # samples whose driven path itself collides at some step
 
     @property
     def l2_average_m(self) -> float:
         """Mean of the values for 1, 2 and 3 s, as papers print it."""
-        return float(np.mean(self.l2_m))
+        return sum(self.l2_m) / len(self.l2_m)
 
     @property
-    def collision_average_percent(self) -> float:
+    def collision_average(self) -> float:
         """Mean of the values for 1, 2 and 3 s, as papers print it."""
-        return float(np.mean(self.collision_percent))
+        return sum(self.collision) / len(self.collision)
+
+    @property
+    def collision_percent(self) -> tuple[float, ...]:
+        """As papers print it."""
+        return tuple(100 * value for value in self.collision)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        numbers: dict[str, Any] = {}
+        for second, l2, collision in zip(SECONDS, self.l2_m, self.collision, strict=True):
+            numbers[f"l2_{second}s_m"] = l2
+            numbers[f"{self.card.shape}_collision_{second}s"] = collision
+        return {
+            **numbers,
+            "l2_avg_m": self.l2_average_m,
+            f"{self.card.shape}_collision_avg": self.collision_average,
+            "l2_steps_m": list(self.l2_steps_m),
+            "collision_steps": list(self.collision_steps),
+            "n_samples": self.samples,
+            "ground_truth_collisions": self.driven_collisions,
+            "card": self.card.as_dict(),
+        }
 
 
-def l2_per_step(predicted: FloatArray, driven: FloatArray) -> FloatArray:
-    """Distance of every planned point to the driven one: [S, 6, 2] twice -> [S, 6] metres."""
-    _require_plans("predicted", predicted)
-    _require_plans("driven", driven)
-    return np.linalg.norm(predicted.astype(np.float64) - driven.astype(np.float64), axis=-1)
-
-
-def ego_box_cells() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of the cells that the ego box covers with LIDAR_TOP at the origin."""
-    centres = FIRST_CENTRE_M + CELL_M * np.arange(GRID_CELLS)
-    rows = np.flatnonzero(np.abs(centres - EGO_FORWARD_SHIFT_M) <= EGO_LENGTH_M / 2)
-    columns = np.flatnonzero(np.abs(centres) <= EGO_WIDTH_M / 2)
-    row, column = np.meshgrid(rows, columns, indexing="ij")
-    return row.ravel(), column.ravel()
-
-
-def box_collisions(plans: FloatArray, occupancy: NDArray) -> BoolArray:
-    """Whether the ego box, moved along a plan and never rotated, touches an occupied cell.
-
-    Cells outside the raster are clipped to its border, as the reference does; a plan that leaves
-    the 100 m square is therefore judged by what stands on the edge.
-
-    Args:
-        plans: [S, 6, 2] metres.
-        occupancy: [S, 6, 200, 200], one raster a step, rows forward, columns left.
-
-    Returns:
-        [S, 6].
-
-    Source: ST-P3's and UniAD's PlanningMetric.
-    """
-    _require_plans("plans", plans)
-    rows, columns = ego_box_cells()
-    forward = plans[..., 1, None].astype(np.float32) / np.float32(CELL_M) + rows
-    left = -plans[..., 0, None].astype(np.float32) / np.float32(CELL_M) + columns
-    row = np.clip(np.trunc(forward).astype(np.int64), 0, GRID_CELLS - 1)
-    column = np.clip(np.trunc(left).astype(np.int64), 0, GRID_CELLS - 1)
-    sample = np.arange(len(plans))[:, None, None]
-    step = np.arange(WAYPOINTS)[None, :, None]
-    return (occupancy[sample, step, row, column] > 0).any(-1)
-
-
-def per_second(values: FloatArray, counted: BoolArray, card: ProtocolCard) -> tuple[float, ...]:
-    """Reduce [S, 6] per-step values to one number for each of 1, 2 and 3 s.
+class PlanningMetric(SampleMetric):
+    """L2 and collision rate of a planner under one protocol.
 
     Args:
-        values: [S, 6].
-        counted: [S, 6], False where a step must not add to the sum.
-        card: decides the aggregation and the denominator.
-    """
-    kept = np.where(counted, values, 0.0)
-    count = np.full(WAYPOINTS, len(values)) if card.samples == "all_samples" else counted.sum(0)
-    step_mean = kept.sum(0) / np.maximum(count, 1)
-    if card.l2 == "value_at_t":
-        return tuple(float(step_mean[STEPS_PER_SECOND * s - 1]) for s in SECONDS)
-    return tuple(float(step_mean[: STEPS_PER_SECOND * s].mean()) for s in SECONDS)
-
-
-def score_plans(
-    predicted: FloatArray,
-    driven: FloatArray,
-    mask: BoolArray,
-    occupancy: NDArray,
-    card: ProtocolCard,
-) -> PlanningScores:
-    """L2 and collision rate of a planner.
-
-    A collision counts where the plan's box touches an occupied cell and the driven path's box does
-    not: the raster is coarse, and a path that a person drove without harm shows that the raster,
-        not the plan, is wrong there.
-
-    Args:
-        predicted: [S, 6, 2] metres.
-        driven: [S, 6, 2] metres.
-        mask: [S, 6], True where the future was recorded.
-        occupancy: [S, 6, 200, 200].
         card: the protocol.
     """
-    if len(predicted) == 0:
-        raise ValueError("score_plans needs at least one plan, got none")
-    distance = l2_per_step(predicted, driven)
-    driven_hits = box_collisions(driven, occupancy)
-    hits = box_collisions(predicted, occupancy) & ~driven_hits
-    # The reference excludes only the driven path's own hits; steps without a recorded future have
-    # empty rasters.
-    judged = np.ones_like(mask) if card.samples == "all_samples" else mask
-    l2 = per_second(distance, mask, card)
-    collision = per_second(hits.astype(np.float64), judged, card)
+
+    def __init__(self, card: ProtocolCard, **kwargs: Any) -> None:
+        super().__init__(width=4 * WAYPOINTS, **kwargs)
+        self.card = card
+        self._found: tuple[PlanningSamples, PlanningScores] | None = None
+
+    def update(
+        self,
+        names: Sequence[str],
+        predicted: Tensor,
+        driven: Tensor,
+        mask: Tensor,
+        traffic: Traffic,
+    ) -> None:
+        """Add samples.
+
+        A collision counts where the plan touches somebody and the driven path does not: the raster
+        is coarse, and a path that a person drove without harm shows that the raster, not the plan,
+        is wrong there.
+
+        Args:
+            names: of the samples.
+            predicted: [S, 6, 2] metres.
+            driven: [S, 6, 2] metres.
+            mask: bool [S, 6], True where the future was recorded.
+            traffic: where others will be.
+
+        Raises:
+            ValueError: a shape is wrong, or a plan is not finite.
+        """
+        for what, plans in (("predicted", predicted), ("driven", driven)):
+            if plans.ndim != 3 or plans.shape[1:] != (WAYPOINTS, 2):
+                raise ValueError(f"{what} must be [samples, 6, 2], got {list(plans.shape)}")
+            if not plans.isfinite().all():
+                raise ValueError(f"{what} plans must be finite")
+        if len(predicted) == 0:
+            return
+        # The driven path is judged by its box, also where plans are judged by their points.
+        driven_hits = collisions(driven, traffic, replace(self.card, shape="box"))
+        hits = collisions(predicted, traffic, self.card) & ~driven_hits
+        columns = [l2_per_step(predicted, driven), hits, driven_hits, mask]
+        self.keep(names, torch.cat([column.double() for column in columns], dim=1))
+
+    def compute(self) -> dict[str, Any]:
+        """Scores of all samples of all processes, as a dict (torchmetrics takes no dataclass)."""
+        names, table = self.table()
+        l2, hits, driven_hits, mask = table.split(WAYPOINTS, dim=1)
+        samples = PlanningSamples(names, l2, hits > 0, driven_hits > 0, mask > 0)
+        self._found = samples, aggregate(samples, self.card)
+        return self._found[1].as_dict()
+
+    def scores(self) -> PlanningScores:
+        """What `compute` puts into its dict."""
+        self.compute()
+        assert self._found is not None
+        return self._found[1]
+
+    def samples(self) -> PlanningSamples:
+        """Numbers of every sample of all processes."""
+        self.compute()
+        assert self._found is not None
+        return self._found[0]
+
+
+def l2_per_step(predicted: Tensor, driven: Tensor) -> Tensor:
+    """Distance of every planned point to the driven one: [S, 6, 2] twice -> [S, 6] metres."""
+    return (predicted.double() - driven.double()).square().sum(-1).sqrt()
+
+
+def aggregate(samples: PlanningSamples, card: ProtocolCard) -> PlanningScores:
+    """Put the numbers of all samples together as the card says.
+
+    Raises:
+        ValueError: the card counts none of the samples.
+    """
+    l2_counted, hits_counted = counted_steps(samples.mask, card)
+    if not hits_counted.any():
+        raise ValueError(f"no sample counts under the policy {card.samples!r}")
+    hits = samples.hits.double()
+    if card.collision == "any_up_to_t":
+        hits = hits.cummax(dim=1).values
+    reference = card.samples == "reference"
+    denominator = torch.full((hits.shape[1],), float(len(hits))) if reference else None
+    l2_steps = _step_means(samples.l2_m, l2_counted, denominator)
+    hit_steps = _step_means(hits, hits_counted, denominator)
+    l2 = over_time(l2_steps, card.l2)
+    collision = over_time(hit_steps, card.collision)
     return PlanningScores(
         card=card,
         l2_m=(l2[0], l2[1], l2[2]),
-        collision_percent=(100 * collision[0], 100 * collision[1], 100 * collision[2]),
-        samples=len(predicted),
+        collision=(collision[0], collision[1], collision[2]),
+        l2_steps_m=tuple(l2_steps.tolist()),
+        collision_steps=tuple(hit_steps.tolist()),
+        samples=int(hits_counted.any(1).sum()),
+        driven_collisions=int(samples.driven_hits.any(1).sum()),
     )
 
 
-def _require_plans(name: str, plans: FloatArray) -> None:
-    if plans.ndim != 3 or plans.shape[1:] != (WAYPOINTS, 2):
-        raise ValueError(f"{name} must be [samples, 6, 2], got {list(plans.shape)}")
+def counted_steps(mask: Tensor, card: ProtocolCard) -> tuple[Tensor, Tensor]:
+    """Which steps [S, 6] count for the L2, and which for collisions, given what was recorded."""
+    if card.samples == "reference":
+        # The reference judges collisions everywhere; steps without a future have empty rasters.
+        return mask, torch.ones_like(mask)
+    if card.samples == "complete_only":
+        whole = mask.all(dim=1, keepdim=True).expand_as(mask)
+        return whole, whole
+    return mask, mask
+
+
+def over_time(steps: Tensor, convention: str) -> tuple[float, ...]:
+    """Means [6] of the steps -> one number for each of 1, 2 and 3 s."""
+    ends = [STEPS_PER_SECOND * second for second in SECONDS]
+    if convention == "mean_up_to_t":
+        return tuple(float(steps[:end].mean()) for end in ends)
+    return tuple(float(steps[end - 1]) for end in ends)
+
+
+def _step_means(values: Tensor, counted: Tensor, denominator: Tensor | None) -> Tensor:
+    """Mean [6] over the samples of values [S, 6], of the counted ones."""
+    total = torch.where(counted, values, 0.0).sum(0)
+    if denominator is None:
+        denominator = counted.sum(0).clamp_min(1).double()
+    return total / denominator.to(total)

@@ -25,6 +25,7 @@ from odvla.types import TensorFields
 
 NOBODY = -1  # id of a query that is no track
 EGO = -2  # id of the query that stands for the car itself
+FALSE_TRACK = -3  # id of a query that is carried on in training although it is no track
 
 
 @dataclass(frozen=True)
@@ -163,41 +164,6 @@ def move_references(
         change = geometry.relative_transform(old_to_global, new_to_global).to(points.dtype)
         moved = (points + step) @ change[:, :3, :3].transpose(1, 2) + change[:, None, :3, 3]
         return inverse_sigmoid(space.to_fractions(moved)).to(reference.dtype)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What is left to chance when training tracks are carried on, for one scene."""
-
-    keep: Tensor  # bool [n], for the tracks that match well; the others are dropped
-    false_positives: int  # queries that are no tracks, to be carried on as if they were
-
-
-def training_tracks(tracks: Tracks, draws: Draws, *, least_iou: float = 0.5) -> Tracks:
-    """Tracks that training carries on, for one scene.
-
-    Those that overlap their ground truth well, some of them dropped (so that it is learned to find
-    them again) and some queries added that are no tracks (so that it is learned to end them).
-
-    Args:
-        tracks: B = 1, with ids and IoUs of the matcher.
-        draws: what is left to chance.
-        least_iou: a track must overlap more than this.
-
-    Source: UniAD's QueryInteractionModule.
-    """
-    assert len(tracks) == 1
-    good = (tracks.ids >= 0) & (tracks.iou > least_iou)
-    active = tracks.pick(good)
-    active = active.pick(draws.keep.unsqueeze(0))
-    idle = tracks.pick(tracks.ids < 0)
-    count = min(draws.false_positives, idle.ids.shape[1])
-    if count == 0:
-        return active
-    slots = idle.scores.argsort(dim=1)[:, -count:]
-    if count == idle.ids.shape[1]:
-        slots = torch.arange(count, device=slots.device).unsqueeze(0)
-    return active.cat(idle.at(slots))
 
 
 class MemoryBank(nn.Module):

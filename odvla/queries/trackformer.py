@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from odvla import geometry
+from odvla.losses.clip import ClipMatcher, ClipTargets, Lesson
 from odvla.ops.transformer import DecoderLayer, inverse_sigmoid
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
+from odvla.queries.track_learning import Draws, TrackLearning, learn
 from odvla.queries.track_life import (
     EGO,
     NOBODY,
@@ -39,6 +41,7 @@ from odvla.queries.track_life import (
 from odvla.types import (
     DETECTION_CLASSES,
     AgentPredictions,
+    AgentTargets,
     BevGrid,
     Frames,
     SceneFeatures,
@@ -69,12 +72,14 @@ class TrackFormerConfig:
     interaction_dropout: float = 0.0
     bank_length: int = 4
     rules: TrackRules = field(default_factory=TrackRules)
+    learning: TrackLearning = field(default_factory=TrackLearning)
     max_tracks: int = 300  # decoded at most
     # Centres outside are no agents: x_min, y_min, z_min, x_max, y_max, z_max.
     centre_range_m: tuple[float, ...] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
     # "uniad": the last token is dropped, a single one makes none (meant to drop the car's own
-    # query, which is not among them; it drops the least confident track), and ids go on counting
-    # from scene to scene. "none": every confident track is a token, ids start from 0.
+    # query, which is not among them; it drops the least confident track), ids go on counting from
+    # scene to scene, and the height in a code is that of a box's bottom. "none": every confident
+    # track is a token, ids start from 0, heights are those of centres.
     compat: Literal["none", "uniad"] = "none"
 
     def build(self, dim: int, grid: BevGrid | None) -> TrackFormer:
@@ -99,6 +104,8 @@ class TrackState(TensorFields):
     next_id: Tensor  # int64 [B]
     lidar_to_global: Tensor  # float64 [B, 4, 4]
     timestamp_s: Tensor  # float64 [B]
+    # [B, Q] logit of the next reference's height; None: asked from the query (see `move`).
+    height: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class TrackFormer(nn.Module):
 
     stream: Stream = "track"
     needs: Need = "bev"
+    code_size = CODE
 
     def __init__(self, config: TrackFormerConfig, dim: int, grid: BevGrid) -> None:
         super().__init__()
@@ -164,12 +172,53 @@ class TrackFormer(nn.Module):
         found = self.detect(features, tracks)
         tracks = self.update(tracks, found)
         tracks, next_id = give_ids(tracks, state.next_id, self.config.rules)
-        tokens = self.tokens(tracks, found, state)
+        good = (tracks.ids >= 0) & (tracks.scores >= self.config.rules.keep) & tracks.mask
+        tokens = self.tokens(tracks, found, state, good)
         following = self.follow(tracks)
-        slots = torch.arange(tracks.ids.shape[1], device=tracks.ids.device).expand_as(tracks.ids)
-        slot = slots.gather(1, _order(tracks.ids >= 0, tracks.mask, following.ids.shape[1]))
-        return tokens, TrackState(
-            following, slot, next_id, frames.lidar_to_global, frames.timestamp_s
+        slots = _order(tracks.ids >= 0, tracks.mask, following.ids.shape[1])
+        return tokens, self.state_after(following, slots, next_id, frames)
+
+    def learn(
+        self,
+        features: SceneFeatures,
+        frames: Frames,
+        state: TrackState | None,
+        targets: AgentTargets | ClipTargets,
+        matcher: ClipMatcher,
+        draws: Draws | None = None,
+    ) -> tuple[TokenSet, TrackState, Lesson]:
+        """As `forward`, but with the ground truth of the frame: it says which query is which agent.
+
+        Args:
+            features: of this frame.
+            frames: the same frame.
+            state: what the previous call returned; None at the start.
+            targets: annotated agents.
+            matcher: finds the query of each agent.
+            draws: which tracks are dropped and how many false ones are carried on; None: drawn in
+                training mode, none otherwise.
+
+        Returns:
+            Tokens of the tracks that overlap their agent well enough, by falling score; the state
+            for the next frame; and what the frame is judged by (odvla.losses.clip).
+
+        Raises:
+            ValueError: the features hold no BEV.
+        """
+        require_bev(features, "agent queries")
+        return learn(self, features, frames, state, targets, matcher, draws)
+
+    def state_after(
+        self,
+        tracks: Tracks,
+        slots: Tensor,
+        next_id: Tensor,
+        frames: Frames,
+        height: Tensor | None = None,
+    ) -> TrackState:
+        """What is carried on from this frame: tracks [B, S] that were queries `slots`."""
+        return TrackState(
+            tracks, slots, next_id, frames.lidar_to_global, frames.timestamp_s, height
         )
 
     def start(self, frames: Frames) -> TrackState:
@@ -189,14 +238,15 @@ class TrackFormer(nn.Module):
         """Without the tracks of rows where a scene starts."""
         begins = frames.scene_start
         kept = state.tracks.pick(~begins.unsqueeze(1) & state.tracks.mask)
-        slot = state.slot[:, : kept.ids.shape[1]]
+        count = kept.ids.shape[1]
         next_id = state.next_id
         if self.config.compat == "none":
             next_id = torch.where(begins, 0, next_id)
         return replace(
             state,
             tracks=kept,
-            slot=slot,
+            slot=state.slot[:, :count],
+            height=state.height[:, :count] if state.height is not None else None,
             next_id=next_id,
             # A scene's first frame has no frame before it: no motion.
             lidar_to_global=torch.where(
@@ -249,8 +299,11 @@ class TrackFormer(nn.Module):
             frames.timestamp_s - state.timestamp_s,
             self.space,
         )
-        asked = self.reference_points(tracks.query[..., : self.dim])
-        return replace(tracks, reference=torch.cat([moved[..., :2], asked[..., 2:]], -1))
+        height = state.height
+        if height is None:
+            height = self.reference_points(tracks.query[..., : self.dim])[..., 2]
+        reference = torch.cat([moved[..., :2], height.unsqueeze(-1)], -1)
+        return replace(tracks, reference=reference)
 
     def detect(self, features: SceneFeatures, tracks: Tracks) -> Detections:
         """Run the decoder."""
@@ -331,10 +384,12 @@ class TrackFormer(nn.Module):
         inside = ((centre >= low) & (centre <= high)).all(-1)
         return slots, good.gather(1, slots) & inside
 
-    def tokens(self, tracks: Tracks, found: Detections, state: TrackState) -> TokenSet:
-        """Tokens of the confident tracks and predictions of all queries."""
-        slots, counted = self.confident(tracks)
-        if self.config.compat == "uniad":
+    def tokens(
+        self, tracks: Tracks, found: Detections, state: TrackState, good: Tensor
+    ) -> TokenSet:
+        """Tokens of the good queries (bool [B, Q]) and predictions of all."""
+        slots, counted = self.best(tracks.scores, tracks.codes, good)
+        if self.config.compat == "uniad" and not self.training:
             counted = drop_last(counted)
         order = (~counted).to(torch.int8).argsort(dim=1, stable=True)
         order = order[:, : int(counted.sum(1).max())]
@@ -347,13 +402,21 @@ class TrackFormer(nn.Module):
         mask = tracks.mask & (tracks.ids != EGO)
         predictions = AgentPredictions(
             layer_logits=tuple(x.masked_fill(hidden, EMPTY_LOGIT) for x in found.logits),
-            layer_boxes=tuple(boxes_of_codes(code) for code in found.codes),
+            layer_boxes=tuple(self.boxes_of(code) for code in found.codes),
             track_ids=torch.where(mask, tracks.ids.clamp(min=NOBODY), NOBODY),
             carried_from=carried,
             mask=mask,
         )
         feats = take(tracks.embedding, slots) * counted.unsqueeze(-1)
         return TokenSet("track", feats, counted, predictions, slots)
+
+    def boxes_of(self, codes: Tensor) -> Tensor:
+        """Codes [..., 10] as boxes [..., 9]."""
+        return boxes_of_codes(codes, bottom=self.config.compat == "uniad")
+
+    def codes_of(self, boxes: Tensor) -> Tensor:
+        """Boxes [..., 9] as codes [..., 10]."""
+        return codes_of_boxes(boxes, bottom=self.config.compat == "uniad")
 
     @property
     def _device(self) -> torch.device:
@@ -378,26 +441,33 @@ def drop_last(counted: Tensor) -> Tensor:
     return counted & (position < position[:, -1:])
 
 
-def boxes_of_codes(codes: Tensor) -> Tensor:
+def boxes_of_codes(codes: Tensor, *, bottom: bool = False) -> Tensor:
     """UniAD's codes [..., 10] as boxes [..., 9] of odvla.types.
 
     UniAD's yaw is that of mmdet3d before 1.0: it grows clockwise, from the direction of -y.
+
+    Args:
+        codes: [..., 10].
+        bottom: the height in the code is that of the box's bottom, as in mmdet3d; otherwise that
+            of its centre.
     """
     size = torch.cat([codes[..., 2:4], codes[..., 5:6]], -1).clamp(-6, 6).exp()
+    z = codes[..., 4:5] + size[..., 2:] / 2 if bottom else codes[..., 4:5]
     yaw = torch.atan2(codes[..., 6:7], codes[..., 7:8])
     yaw = geometry.wrap_angle(-yaw - torch.pi / 2)
-    return torch.cat([codes[..., :2], codes[..., 4:5], size, yaw, codes[..., 8:]], -1)
+    return torch.cat([codes[..., :2], z, size, yaw, codes[..., 8:]], -1)
 
 
-def codes_of_boxes(boxes: Tensor) -> Tensor:
+def codes_of_boxes(boxes: Tensor, *, bottom: bool = False) -> Tensor:
     """The way back, for training targets: [..., 9] to [..., 10]."""
     size = boxes[..., 3:6].clamp(min=1e-2).log()
+    z = boxes[..., 2:3] - boxes[..., 5:6] / 2 if bottom else boxes[..., 2:3]
     yaw = -boxes[..., 6:7] - torch.pi / 2
     return torch.cat(
         [
             boxes[..., :2],
             size[..., :2],
-            boxes[..., 2:3],
+            z,
             size[..., 2:],
             yaw.sin(),
             yaw.cos(),

@@ -1,22 +1,17 @@
-"""Ego state and plans against closed forms, recorded labels and real cached trajectories."""
+"""Ego state and plans against closed forms."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from datamodules.can_bus import CanBus
 from datamodules.ego_state import (
-    UNIAD_PLAN_POINT_M,
     command_of,
     ego_state,
     future_positions,
     past_positions,
 )
-from datamodules.poses import rigid
-from datamodules.records import load_index
+from datamodules.index_file import load_index
 from odvla.types import COMMANDS
 
 
@@ -87,65 +82,3 @@ def test_without_can_bus_speed_comes_from_poses(index):
 def test_command(x, command):
     assert command_of(np.array([[0.0, 1.0], [x, 5.0]])) == command
     assert COMMANDS[0] == "turn right"
-
-
-def _chain(poses, lidar_to_ego):
-    """An index of bare poses: what the plan and history functions need of one."""
-    ego_to_global = rigid([p["translation"] for p in poses], [p["rotation"] for p in poses])
-    last = len(poses) - 1
-    frames = tuple(
-        SimpleNamespace(
-            number=k,
-            prev=k - 1,
-            next=k + 1 if k < last else -1,
-            ego_to_global=ego_to_global[k],
-            lidar_to_global=ego_to_global[k] @ lidar_to_ego,
-        )
-        for k in range(len(poses))
-    )
-    zeros = np.zeros((len(poses), 3))
-    can = CanBus(zeros, zeros, zeros, zeros[:, 0], zeros[:, 0] > 0)
-    return SimpleNamespace(frames=frames, can_bus=can)
-
-
-def test_plans_and_commands_equal_the_reference(shared):
-    cases = json.loads((shared / "golden" / "m_sdc_labels.json").read_text())["cases"]
-    for case in cases:
-        sensor = case["lidar2ego"]
-        index = _chain(case["poses"], rigid(sensor["translation"], sensor["rotation"]))
-        frame = index.frames[case["index"]]
-        waypoints, mask = future_positions(index, frame, height_m=UNIAD_PLAN_POINT_M)
-        expected_mask = np.array(case["sdc_planning_mask"])[:, 0] > 0
-        np.testing.assert_array_equal(mask, expected_mask)
-        expected = np.array(case["sdc_planning"])[:, :2]
-        np.testing.assert_allclose(waypoints[mask], expected[mask], atol=1e-3)
-        assert command_of(waypoints) == case["command"]
-
-
-def test_first_frames_of_real_scenes_continue_backwards_as_ours_do(shared):
-    """In GPT-Driver's real records of first frames, history is the first step continued."""
-    path = shared / "data" / "nuscenes-mini-trajectories.json"
-    records = {r["sample_token"]: r for r in json.loads(path.read_text())}
-    tables = shared / "data" / "nuscenes-mini-tables" / "v1.0-mini"
-    scenes = json.loads((tables / "scene.json").read_text())
-    compared = 0
-    for scene in scenes:
-        record = records.get(scene["first_sample_token"])
-        if record is None:
-            continue
-        steps = [[0.0, 0.0], *record["future"]]
-        # lidar at the origin, axes parallel to the global ones
-        poses = [{"translation": [x, y, 0.0], "rotation": [1, 0, 0, 0]} for x, y in steps]
-        index = _chain(poses, np.eye(4))
-        np.testing.assert_allclose(
-            past_positions(index, index.frames[0]), record["history"], atol=0.0251
-        )
-        compared += 1
-    assert compared >= 8
-
-
-def test_goal_rule_on_real_records(shared):
-    path = shared / "data" / "nuscenes-mini-trajectories.json"
-    goals = {"RIGHT": 0, "LEFT": 1, "FORWARD": 2}
-    for record in json.loads(path.read_text()):
-        assert command_of(np.array(record["future"])) == goals[record["goal"]]

@@ -11,8 +11,8 @@ from nuscenes.utils.geometry_utils import view_points
 
 from datamodules.ego_state import can_bus_vector
 from datamodules.frames import FrameLoader, load_image
+from datamodules.index_file import load_index
 from datamodules.nuscenes import NuScenesDataConfig
-from datamodules.records import load_index
 from odvla.errors import UserError
 
 

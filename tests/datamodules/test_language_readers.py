@@ -11,12 +11,12 @@ import pytest
 from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig, map_text
 from datamodules.gpt_driver import GPTDriverConfig
+from datamodules.index_file import load_index
 from datamodules.mixture import MixtureConfig
 from datamodules.nucaption import NuCaptionConfig
 from datamodules.nuscenes_qa import NuScenesQAConfig
 from datamodules.nux import NuXConfig
 from datamodules.picking import Picker
-from datamodules.records import load_index
 from datamodules.tod3cap import TOD3CapConfig
 from odvla.errors import UserError
 from odvla.language.waypoints import format_waypoints

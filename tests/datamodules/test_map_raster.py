@@ -6,9 +6,9 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules.index_file import load_index
 from datamodules.map_raster import draw_lines, fill_rings, map_targets
 from datamodules.nuscenes import NuScenesDataConfig
-from datamodules.records import load_index
 from odvla.errors import UserError
 from odvla.types import MAP_CLASSES, BevGrid
 

@@ -7,9 +7,9 @@ from nuscenes.nuscenes import NuScenes
 
 from datamodules.alignment import AlignmentConfig
 from datamodules.gpt_driver import GPTDriverConfig, read_cache
+from datamodules.index_file import load_index
 from datamodules.mixture import MixtureConfig
 from datamodules.nuscenes import NuScenesDataConfig
-from datamodules.records import load_index
 from odvla.language.prompts import Dialect
 
 

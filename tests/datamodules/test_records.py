@@ -9,8 +9,8 @@ import pytest
 from nuscenes.nuscenes import NuScenes
 from scipy.spatial.transform import Rotation
 
+from datamodules.index_file import load_index
 from datamodules.poses import inverse, rigid, yaw_of
-from datamodules.records import load_index
 from odvla.errors import UserError
 
 

@@ -1,10 +1,19 @@
 """The baselines against closed forms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from experiments.baselines import EgoMLP, EgoMLPConfig, constant_velocity, ego_features
+from experiments.baselines import (
+    EgoMLP,
+    EgoMLPConfig,
+    constant_acceleration,
+    constant_turn_rate,
+    constant_velocity,
+    ego_features,
+)
 from odvla.types import EgoState
 
 
@@ -39,6 +48,32 @@ def test_constant_velocity_repeats_the_last_displacement():
     step = -ego.history[:, -1].numpy()
     for k in range(6):
         np.testing.assert_allclose(plan[:, k], step * (k + 1), rtol=1e-6)
+
+
+def test_constant_acceleration_is_exact_where_it_holds_and_never_rolls_back():
+    ego, path = drives(50, 4)
+    still_moving = (path[:, 1:, 1] > path[:, :-1, 1]).all(1) & (path[:, 0, 1] > 0)
+    assert still_moving.any()
+    plan = constant_acceleration(ego)
+    np.testing.assert_allclose(plan[still_moving], path[still_moving], atol=1e-4)
+    braking = torch.tensor([[0.0, -8.0], [0.0, -5.0], [0.0, -2.5], [0.0, -0.5]])
+    plan = constant_acceleration(replace(ego, history=braking.expand(50, 4, 2)))
+    assert (plan == 0).all()  # 2.0, then 0.5 m a step: the next would be backwards
+    standing = torch.tensor([[0.0, 0.0]] * 4)
+    assert (constant_acceleration(replace(ego, history=standing.expand(50, 4, 2))) == 0).all()
+
+
+def test_constant_turn_rate_drives_a_circle():
+    speed, rate, step = 6.0, 0.3, 0.5
+    angle = rate * step * torch.arange(-4, 7)
+    # Left turn of radius speed / rate, tangent to +y in the middle of the last step.
+    at = torch.stack([angle.cos(), angle.sin()], -1) * speed / rate
+    at = at - at[4]
+    ego, _ = drives(1, 0)
+    ego = replace(ego, history=at[:4][None], yaw_rate=torch.tensor([rate]))
+    np.testing.assert_allclose(constant_turn_rate(ego)[0], at[5:], atol=1e-4)
+    straight = replace(ego, yaw_rate=torch.zeros(1))
+    np.testing.assert_allclose(constant_turn_rate(straight), constant_velocity(straight))
 
 
 def test_ego_mlp_learns_what_ego_state_determines():

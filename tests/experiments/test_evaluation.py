@@ -9,12 +9,12 @@ import torch
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.baselines import EgoMLPConfig
 from experiments.evaluation import (
-    evaluate_detection,
     evaluate_forecasts,
     evaluate_language,
-    evaluate_planning,
+    evaluate_perception,
     read_predictions,
 )
+from experiments.planning_evaluation import evaluate_planning
 from experiments.report import Report, ResultTable
 from odvla.errors import UserError
 from odvla.types import EgoState, PlanTargets
@@ -23,7 +23,7 @@ from odvla.types import EgoState, PlanTargets
 class StraightRoad:
     """Stands in for a data module: cars that drive straight at a steady speed on an empty road."""
 
-    def evaluation_frames(self, split):
+    def evaluation_frames(self, split, *, height_m=0.0):
         rng = np.random.default_rng({"train": 0, "val": 1}[split])
         for number in range(30):
             speed = rng.uniform(2, 10)
@@ -64,17 +64,28 @@ def test_planning_table_holds_the_closed_forms():
         records.append(
             {"sample_token": frame.sample_token, "kind": "plan_blind", "waypoints": None}
         )
-    tables, numbers = evaluate_planning(data, records, EgoMLPConfig(hidden=16, epochs=2))
-    model = numbers["planning"]["OpenDriveVLA"]
+    result = evaluate_planning(data, records, EgoMLPConfig(hidden=16, epochs=2), ("uniad",))
+    found = result.numbers["planning"]
+    model = found["OpenDriveVLA"]
     for convention in ("mean_up_to_t", "value_at_t"):
         assert model[convention]["l2_m"] == pytest.approx((0.5, 0.5, 0.5), abs=1e-5)
-        assert numbers["planning"]["constant velocity"][convention]["l2_average_m"] < 1e-5
+        for planner in ("constant velocity", "constant acceleration", "constant turn rate"):
+            assert found[planner][convention]["l2_average_m"] < 1e-5
     assert model["parsed_percent"] == 100.0
-    assert numbers["planning"]["OpenDriveVLA, vision zeroed"]["parsed_percent"] == 0.0
+    assert found["OpenDriveVLA, vision zeroed"]["parsed_percent"] == 0.0
     speed = np.mean([f.ego.heading_speed.item() for f in data.evaluation_frames("val")])
-    still = numbers["planning"]["OpenDriveVLA, vision zeroed"]["value_at_t"]["l2_m"]
+    still = found["OpenDriveVLA, vision zeroed"]["value_at_t"]["l2_m"]
     assert still == pytest.approx([speed, 2 * speed, 3 * speed], rel=1e-5)
-    assert len({table.title for table in tables}) == 2
+    assert len({table.title for table in result.tables}) == 3
+    uniad = model["protocols"]["uniad"]
+    assert uniad["l2_avg_m"] == pytest.approx(0.5, abs=1e-5)
+    assert uniad["card"]["samples"] == "reference"
+    # Every sample of six scenes is off by the same.
+    assert uniad["intervals_95"]["l2_avg_m"]["low"] == pytest.approx(0.5, abs=1e-5)
+    assert [r["failure"] for r in result.samples] == [None] * 30
+    assert result.samples[0]["l2_avg_m"]["uniad"] == pytest.approx(0.5, abs=1e-5)
+    with pytest.raises(UserError, match="no plan_blind for sample val-0"):
+        evaluate_planning(data, records[:1] + records[2:], EgoMLPConfig(hidden=16, epochs=2))
 
 
 def test_language_tables_group_by_kind():
@@ -148,9 +159,19 @@ def test_the_annotations_score_as_detections_on_all_or_a_part_of_the_split(
                 "boxes": agents.boxes[0, mask].tolist(),
                 "labels": agents.labels[0, mask].tolist(),
                 "scores": [1.0] * int(mask.sum()),
+                "track_ids": agents.track_ids[0, mask].tolist(),
             }
         )
-    tables, numbers = evaluate_detection(data, records, tmp_path)
+    records.append(
+        {"sample_token": "x", "kind": "map", "intersection": [1, 0, 0, 5], "union": [4, 0, 2, 5]}
+    )
+    tables, numbers = evaluate_perception(data, records, tmp_path, tracking=frames == 40)
     assert tables[0].note.startswith(f"{frames} key-frames")
     found = numbers["detection"]["mean_dist_aps"]
     assert found["car"] > 0.9
+    assert numbers["map_iou"]["divider"] == 0.25
+    assert numbers["map_iou"]["ped_crossing"] is None
+    assert numbers["map_iou"]["mean"] == pytest.approx((0.25 + 0.0 + 1.0) / 3)
+    if frames == 40:  # the true tracks: nobody is mistaken for another
+        assert numbers["tracking"]["ids"] == 0
+        assert numbers["tracking"]["label_metrics"]["amota"]["car"] > 0.9

@@ -27,16 +27,21 @@ RUN = (
     "b_rotate_unit",
     "c_track_decoder",
     "d_track_memory_qim",
+    "e_clip_matcher",
     "f_msda_unit",
     "f_panseg_levels1",
     "f_panseg_levels4",
     "g_glue_mlp2x_gelu",
     "g_glue_qwen2_5_rms",
+    "h_planning_metric",
+    "i_retrieve_traj",
     "j_label_mask",
     "j_prompts",
     "k_e2e",
     "k_e2e_zeroed",
     "l_panseg_loss",
+    "m_sdc_labels",
+    "n_track_train_clip",
 )
 
 

@@ -31,7 +31,7 @@ SHORT = (
     "data.eval_scenes=1",
     "stages.planning.steps=3",
     "stages.planning.samples=1",
-    "stages.planning.blind_test=false",
+    "stages.planning.ablations=[]",
     "stages.planning.remember_tokens=false",
     "stages.planning.freeze.but_not=[encoder.backbone.*]",
     "stages.planning.freeze.train=['*']",
@@ -62,10 +62,10 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_two_processes_that_share_a_model_hand_over_a_whole_one(town_root, tmp_path):
+    places = ("--data", str(town_root), "--runs", str(tmp_path))
+    shared = ("trainer.devices=2", "trainer.strategy=fsdp2")
     subprocess.run(
-        [sys.executable, "lightning_app.py", "fit", "smoke", *SHORT]
-        + ["trainer.devices=2", "trainer.strategy=fsdp2"]
-        + ["--data", str(town_root), "--runs", str(tmp_path)],
+        [sys.executable, "lightning_app.py", "fit", "smoke", *SHORT, *shared, *places],
         cwd=ROOT,
         check=True,
         capture_output=True,

@@ -10,6 +10,7 @@ from torch import nn
 from odvla.errors import UserError
 from odvla.fake_batch import fake_batch, fake_tokenizer
 from odvla.language.causal_lm import LanguageConfig
+from odvla.language.draft import Drafting
 from odvla.language.grammar import plan_grammar
 from odvla.language.waypoints import Waypoints, parse_waypoints
 from odvla.types import (
@@ -268,6 +269,55 @@ def test_too_long_a_conversation_is_named():
         config.build(TOKENIZER)(batch_of())
 
 
+def test_what_is_too_long_may_be_cut_and_a_limit_may_be_set():
+    config = VLAConfig(MeanEncoderConfig(), (CameraQueriesConfig(),), language=LANGUAGE)
+    whole, cut, refused = (
+        replace(config, max_length=length, cut_to_length=cut).build(TOKENIZER)
+        for length, cut in ((0, False), (40, True), (40, False))
+    )
+    cut.load_state_dict(whole.state_dict())
+    batch = batch_of()
+    assert cut(batch).labels.numel() < whole(batch).labels.numel()
+    assert len(cut.generate(batch, max_new_tokens=4).texts) == len(batch.talk.conversations)
+    with pytest.raises(UserError, match=r"takes \d+ tokens, more than model\.max_length 40"):
+        refused(batch)
+
+
+def test_scenes_without_any_agent_have_answers_and_losses():
+    model, batch = build(), batch_of(("plan", "qa"), rows=2)
+    forward = model.queries["track"].forward
+
+    def nobody(features, frames, state):
+        tokens, state = forward(features, frames, state)
+        empty = replace(
+            tokens,
+            feats=tokens.feats[:, :0],
+            mask=tokens.mask[:, :0],
+            query_index=tokens.query_index[:, :0],
+        )
+        return empty, state
+
+    model.queries["track"].forward = nobody
+    output = model(batch)
+    assert output.loss.isfinite()
+    output.loss.backward()
+    together = model.generate(batch, max_new_tokens=8).texts
+    for g, conversation in enumerate(batch.talk.conversations):
+        talk = TOKENIZER.tokenise([conversation], [int(batch.talk.frame_index[g])])
+        assert (
+            model.generate(replace(batch, talk=talk), max_new_tokens=8).texts == together[g : g + 1]
+        )
+
+
+def test_an_answer_of_no_length_teaches_its_end():
+    model, batch = build(), batch_of(("qa",), rows=1)
+    conversation = batch.talk.conversations[0]
+    silent = replace(conversation, turns=(*conversation.turns[:-1], Turn("assistant", "")))
+    output = model(replace(batch, talk=TOKENIZER.tokenise([silent], [0])))
+    assert output.labels.tolist() == [TOKENIZER.end_id]
+    assert output.loss.isfinite()
+
+
 def test_answers_do_not_depend_on_the_batch_or_on_the_true_answer():
     model, batch = build(), batch_of(("plan", "qa"), rows=3)
     together = model.generate(batch, max_new_tokens=12).texts
@@ -293,6 +343,24 @@ def test_every_plan_under_the_grammar_parses_even_untrained():
     model, batch = build(), batch_of(("plan",), rows=4)
     texts = model.generate(batch, grammar=plan_grammar(TOKENIZER), max_new_tokens=110).texts
     assert all(isinstance(parse_waypoints(text), Waypoints) for (text,) in texts)
+
+
+def test_guessed_plans_are_the_same_in_fewer_runs_and_tell_their_cost():
+    model, batch = build(), batch_of(("plan",), rows=3)
+    model.language.double()
+    settings = {"grammar": plan_grammar(TOKENIZER, decimals=1), "max_new_tokens": 110}
+    for samples in (1, 2):
+        alone = model.generate(batch, samples=samples, **settings)
+        guessed = model.generate(batch, samples=samples, drafting=Drafting(), **settings)
+        assert guessed.texts == alone.texts
+        assert guessed.new_tokens == alone.new_tokens
+        assert 0 < guessed.runs < alone.runs < max(alone.new_tokens)
+        assert min(guessed.encode_s, guessed.prefill_s, guessed.decode_s) > 0
+    cold = model.generate(batch, samples=2, temperature=1e-6, **settings)
+    best = model.generate(batch, **settings)
+    assert cold.texts == tuple(texts * 2 for texts in best.texts)
+    with pytest.raises(ValueError, match="ego state, and a grammar"):
+        model.generate(batch, drafting=Drafting())
 
 
 def test_bf16_and_gradient_checkpointing_change_speed_not_the_task():

@@ -86,7 +86,7 @@ def test_a_stage_predicts_every_sample_once(name, make_vla, make_data, make_trai
     said = [(r["sample_token"], r["kind"]) for r in records]
     assert said == sorted(said, key=lambda pair: pair[0])
     expected = {
-        "perception": ("detection",),
+        "perception": ("detection", "map"),
         "instruction": ("qa", "narration"),
         "interaction": ("agent",),
         "planning": ("plan", "plan_blind"),

@@ -152,6 +152,14 @@ def test_the_batch_norm_of_the_backbone_never_learns():
     assert torch.equal(net.bn1.running_mean, before)
 
 
+@torch.no_grad()
+def test_activations_start_of_order_one_without_weights_from_elsewhere():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    for level in replace(BACKBONE, depth=101).build()(images):
+        assert 0.2 < float(level.std()) < 5
+
+
 def test_checkpointing_changes_no_gradient():
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     plain = BACKBONE.build()

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from odvla import geometry
 from odvla.encoders.protocol import fake_frames
+from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.track_life import (
     EGO,
     NOBODY,
-    Draws,
     Range,
     TrackRules,
     give_ids,
     move_references,
-    training_tracks,
 )
 from odvla.queries.trackformer import (
     TrackFormerConfig,
@@ -234,13 +233,24 @@ def test_reference_points_move_with_velocity_and_against_the_car():
 def test_training_drops_some_tracks_and_carries_some_that_are_none(module):
     tracks = tracks_with(module, [0.9, 0.8, 0.7, 0.2, 0.6, 0.1], [4, 5, 6, NOBODY, NOBODY, EGO])
     tracks = replace(tracks, iou=torch.tensor([[0.9, 0.4, 0.8, 0.0, 0.0, 0.0]]))
-    both = training_tracks(tracks, Draws(torch.tensor([True, True]), 0))
+
+    def draws(keep, accompany):
+        return Draws(torch.tensor([keep]), torch.tensor([accompany]))
+
+    yes, no = [True] * 6, [False] * 6
+    both = training_tracks(tracks, draws(yes, no))
     assert both.ids.tolist() == [[4, 6]]  # track 5 overlaps too little
-    dropped = training_tracks(tracks, Draws(torch.tensor([False, True]), 1))
+    # The first track is dropped, and so brings nobody.
+    dropped = training_tracks(tracks, draws([False, *yes[1:]], yes))
     assert dropped.ids.tolist() == [[6, NOBODY]]
     assert dropped.scores[0].tolist() == pytest.approx([0.7, 0.6])  # the likeliest that is none
-    every = training_tracks(tracks, Draws(torch.tensor([True, True]), 9))
-    assert every.ids.tolist() == [[4, 6, NOBODY, NOBODY, EGO]]
+    two = training_tracks(tracks, draws(yes, yes))
+    assert two.ids.tolist() == [[4, 6, NOBODY, NOBODY]]
+    tracks = replace(tracks, ids=torch.tensor([[4, 5, 6, 7, NOBODY, EGO]]), iou=torch.ones(1, 6))
+    every = training_tracks(tracks, draws(yes, yes))
+    assert every.ids.tolist() == [[4, 5, 6, 7, NOBODY, EGO]]
+    idle = torch.tensor([[True] * 5 + [False]])
+    assert training_tracks(tracks, draws(yes, yes), idle=idle).ids.tolist() == [[4, 5, 6, 7, -1]]
 
 
 def test_every_parameter_learns(module):

@@ -1,0 +1,1 @@
+"""Looks at everything a run will need before the run does."""

@@ -1,0 +1,213 @@
+"""What can be wrong with the tables of a data root."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nuscenes.utils.splits import create_splits_scenes
+
+from datamodules.records import LIDAR, SPLITS
+from datamodules.tables import STREAMED, TABLES, broken_links, stream_records
+from experiments.doctor.findings import Finding, green, summed
+from odvla.errors import UserError
+from odvla.types import CAMERAS
+
+Record = dict[str, Any]
+AGAIN = "unpack the archive of the metadata again"
+
+
+class RawTables:
+    """The tables that can be read; of sample_data and ego_pose what belongs to key-frames.
+
+    Args:
+        folder: the version's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unreadable: list[str] = []
+        self.records: dict[str, list[Record]] = {}
+        for name in TABLES:
+            if name not in STREAMED:
+                self._read(name, lambda _: True)
+        self._read("sample_data", lambda record: record.get("is_key_frame", False))
+        poses = {record.get("ego_pose_token") for record in self["sample_data"]}
+        self._read("ego_pose", lambda record: record["token"] in poses)
+        self.by_token = {
+            name: {record["token"]: record for record in records}
+            for name, records in self.records.items()
+        }
+
+    def __getitem__(self, table: str) -> list[Record]:
+        return self.records.get(table, [])
+
+    def _read(self, name: str, keep: Callable[[Record], bool]) -> None:
+        path = self.folder / f"{name}.json"
+        try:
+            self.records[name] = [record for record in stream_records(path) if keep(record)]
+        except OSError:
+            self.unreadable.append(f"table {path} is missing")
+        except UserError as error:
+            self.unreadable.append(str(error))
+
+    def channel(self, data: Record) -> str:
+        """Sensor of a sample_data record; "" where its tokens lead nowhere."""
+        calibration = self.by_token["calibrated_sensor"].get(
+            data.get("calibrated_sensor_token", "")
+        )
+        sensor = self.by_token["sensor"].get((calibration or {}).get("sensor_token", ""))
+        return (sensor or {}).get("channel", "")
+
+
+def check_tables(tables: RawTables, version: str) -> Iterator[Finding]:
+    """All checks of the tables' content. Where tables cannot be read, nothing else is checked."""
+    fine = f"all {len(TABLES)} tables of {version} can be read"
+    yield summed("tables", tables.unreadable, fine, AGAIN)
+    if tables.unreadable:
+        return
+    yield summed("tokens twice", _twice(tables), "every token names one record", AGAIN)
+    links = list(broken_links(tables.records, tables.folder))
+    yield summed("links", links, "every token leads to a record", AGAIN)
+    yield summed("chains", _chains(tables), _counts(tables), AGAIN)
+    yield summed(
+        "sensors",
+        _sensors(tables),
+        f"every key-frame has {len(CAMERAS)} cameras and {LIDAR}",
+        "a camera cannot be left out; get the whole sample_data table",
+    )
+    yield summed("calibration", _calibration(tables), "calibration and poses are numbers", AGAIN)
+    yield summed("boxes", _boxes(tables), f"{len(tables['sample_annotation'])} boxes", AGAIN)
+    yield _splits(tables, version)
+    yield summed(
+        "leaks",
+        _leaks(tables, version),
+        "no file or key-frame belongs to both training and evaluation",
+        "every score would be wrong: remove what is doubled",
+    )
+
+
+def _counts(tables: RawTables) -> str:
+    return f"{len(tables['scene'])} scenes of {len(tables['sample'])} key-frames in order"
+
+
+def _twice(tables: RawTables) -> Iterator[str]:
+    for name, records in tables.records.items():
+        counts = Counter(record["token"] for record in records)
+        for token, count in counts.items():
+            if count > 1:
+                yield f"{name}.json has {count} records with the token {token}"
+
+
+def _chains(tables: RawTables) -> Iterator[str]:
+    """Key-frames of a scene follow one another, forwards and backwards, and in time."""
+    samples = tables.by_token["sample"]
+    reached = 0
+    for scene in tables["scene"]:
+        name, token, before = scene.get("name"), scene.get("first_sample_token", ""), None
+        count = 0
+        while token in samples and count <= len(samples):
+            sample = samples[token]
+            count += 1
+            if sample.get("prev") != (before["token"] if before else ""):
+                yield f"sample {token} of {name} does not lead back to the one before it"
+            if before and sample["timestamp"] <= before["timestamp"]:
+                yield f"sample {token} of {name} is not later than the one before it"
+            before, token = sample, sample.get("next", "")
+        reached += count
+        if count != scene.get("nbr_samples"):
+            yield f"{name} should have {scene.get('nbr_samples')} key-frames, {count} are linked"
+    if reached < len(samples):
+        yield f"{len(samples) - reached} records of sample.json belong to no scene's chain"
+
+
+def _sensors(tables: RawTables) -> Iterator[str]:
+    found: dict[str, Counter[str]] = {}
+    for data in tables["sample_data"]:
+        found.setdefault(data.get("sample_token", ""), Counter())[tables.channel(data)] += 1
+    for sample in tables["sample"]:
+        channels = found.get(sample["token"], Counter())
+        for name in (LIDAR, *CAMERAS):
+            if channels[name] != 1:
+                yield f"sample {sample['token']} has {channels[name]} key-frames of {name}, not 1"
+
+
+def _calibration(tables: RawTables) -> Iterator[str]:
+    for name in ("calibrated_sensor", "ego_pose"):
+        for record in tables[name]:
+            rotation = _numbers(record.get("rotation"), 4)
+            if rotation is None or abs(np.linalg.norm(rotation) - 1) > 1e-2:
+                yield f"record {record['token']} of {name}.json: rotation is no unit quaternion"
+            if _numbers(record.get("translation"), 3) is None:
+                yield f"record {record['token']} of {name}.json: translation is not three numbers"
+    for record in tables["calibrated_sensor"]:
+        if tables.channel({"calibrated_sensor_token": record["token"]}) in CAMERAS:
+            matrix = _numbers(record.get("camera_intrinsic"), 9)
+            if matrix is None or matrix[0] <= 0 or matrix[4] <= 0:
+                yield (
+                    f"record {record['token']} of calibrated_sensor.json: camera_intrinsic is no "
+                    "3 x 3 matrix with focal lengths"
+                )
+
+
+def _boxes(tables: RawTables) -> Iterator[str]:
+    for record in tables["sample_annotation"]:
+        size = _numbers(record.get("size"), 3)
+        if size is None or size.min() <= 0:
+            yield f"box {record['token']} has the size {record.get('size')}"
+        rotation = _numbers(record.get("rotation"), 4)
+        if rotation is None or abs(np.linalg.norm(rotation) - 1) > 1e-2:
+            yield f"box {record['token']}: rotation is no unit quaternion"
+        if _numbers(record.get("translation"), 3) is None:
+            yield f"box {record['token']}: translation is not three numbers"
+
+
+def _numbers(value: Any, count: int) -> np.ndarray | None:
+    """So many finite numbers, whatever the nesting; None: it is something else."""
+    try:
+        numbers = np.asarray(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        return None
+    return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
+
+
+def _splits(tables: RawTables, version: str) -> Finding:
+    official = create_splits_scenes()
+    names = [scene.get("name") for scene in tables["scene"]]
+    counts = {
+        split: sum(name in official[key] for name in names)
+        for split, key in SPLITS[version].items()
+    }
+    strange = len(names) - sum(counts.values())
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    if strange:
+        found = f"{strange} of {len(names)} scenes are in no split of {version} ({listed})"
+        advice = f"is {version} the right version? Scenes without a split are not used"
+        return Finding("splits", "yellow", found, advice)
+    empty = [split for split, count in counts.items() if not count]
+    if empty:
+        found = f"no scene of the {empty[0]} split is there ({listed})"
+        return Finding("splits", "yellow", found, "fit needs train and val scenes, test val scenes")
+    return green("splits", f"scenes: {listed}")
+
+
+def _leaks(tables: RawTables, version: str) -> Iterator[str]:
+    official = create_splits_scenes()
+    scenes = tables["scene"]
+    for name, count in Counter(scene.get("name") for scene in scenes).items():
+        if count > 1:
+            yield f"{count} scenes are called {name}"
+    training = SPLITS[version].get("train")
+    train = set(official[training]) if training else set()
+    scene_of = {s["token"]: s.get("scene_token", "") for s in tables["sample"]}
+    name_of = {scene["token"]: scene.get("name", "") for scene in scenes}
+    used: dict[str, set[str]] = {}
+    for data in tables["sample_data"]:
+        scene = name_of.get(scene_of.get(data.get("sample_token", ""), ""), "")
+        used.setdefault(data.get("filename", ""), set()).add(scene)
+    for file, names in used.items():
+        if len({name in train for name in names}) > 1:
+            yield f"{file} belongs to {' and '.join(sorted(names))}, of different splits"

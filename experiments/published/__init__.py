@@ -1,0 +1,1 @@
+"""Published tables as data, each with its source and, for plans, its protocol."""

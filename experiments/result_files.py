@@ -1,0 +1,235 @@
+"""Reading of results.json files, and what may be compared with what.
+
+Shape legend: S samples that two results share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.published_tables import PLAN_COLUMNS, published_plans
+from experiments.report import ResultTable
+from odvla.errors import UserError
+from odvla.metrics.intervals import PairedTest, paired_test
+from odvla.metrics.protocol import PRESETS, ProtocolCard, refuse_to_mix
+
+Record = dict[str, Any]
+MODEL = "OpenDriveVLA"
+ENDS = ("1s", "2s", "3s", "avg")
+NUSCENES_VAL = 6019  # key-frames of the val split
+
+
+@dataclass(frozen=True)
+class Result:
+    """One planner's results: numbers by protocol, and its samples where they were kept."""
+
+    name: str
+    path: Path
+    protocols: dict[str, Record]  # protocol -> numbers with their card
+    samples: dict[str, Record]  # token -> record; {} where there are none
+    driving: Record | None = None
+    other: Record | None = None  # all that is not about plans
+
+    def card(self, protocol: str) -> ProtocolCard:
+        """The card that numbers carry.
+
+        Raises:
+            UserError: they carry none.
+        """
+        where = f"{self.path}, {self.name}, {protocol}"
+        return ProtocolCard.from_dict(self.protocols[protocol].get("card"), where)
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """Results of `score` and of `test`; a folder means the results.json in it.
+
+    Raises:
+        UserError: a file is missing or holds no results.
+    """
+    found: list[Result] = []
+    for path in paths:
+        file = path / "results.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"there are no results at {file}")
+        try:
+            content = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} holds no results of score or test")
+        found += _of_file(file, content)
+    names = [result.name for result in found]
+    if len(set(names)) < len(names):  # two runs with the same rows: the folder tells them apart
+        found = [
+            Result(
+                f"{r.path.parent.name}: {r.name}",
+                r.path,
+                r.protocols,
+                r.samples,
+                r.driving,
+                r.other,
+            )
+            for r in found
+        ]
+    return found
+
+
+def _of_file(file: Path, content: Record) -> list[Result]:
+    samples = {record["sample_token"]: record for record in content.get("samples", ())}
+    if "predictions" in content:  # of `score`
+        name = Path(content["predictions"]).name
+        driving = content.get("driving", {}).get(name)
+        return [Result(name, file, content.get("planning", {}), samples, driving, content)]
+    planning = content.get("planning", {})
+    planners = planning.get("planning", {})
+    if not planners and not content:
+        raise UserError(f"{file} holds no results of score or test")
+    driving = planning.get("driving", {})
+    return [
+        Result(
+            name,
+            file,
+            numbers.get("protocols", {}),
+            samples if name == MODEL else {},
+            driving.get(name),
+            content if name == MODEL else None,
+        )
+        for name, numbers in planners.items()
+    ] or [Result(file.parent.name, file, {}, {}, None, content)]
+
+
+def planning_tables(results: Sequence[Result]) -> list[ResultTable]:
+    """One table a protocol, published rows of the same protocol among ours.
+
+    Raises:
+        UserError: numbers under one protocol's name carry different cards.
+    """
+    protocols = list(dict.fromkeys(name for result in results for name in result.protocols))
+    published = {plans.protocol: plans for plans in published_plans()}
+    tables = []
+    for protocol in protocols:
+        ours = [result for result in results if protocol in result.protocols]
+        refuse_to_mix([(result.name, result.card(protocol)) for result in ours])
+        rows: list[tuple[str, tuple[float | str | None, ...]]] = []
+        for result in ours:
+            numbers = result.protocols[protocol]
+            shape = result.card(protocol).shape
+            cells = [numbers[f"l2_{end}_m"] for end in ENDS]
+            cells += [
+                100 * numbers[f"{shape}_collision_{end}"] for end in ("1s", "2s", "3s", "avg")
+            ]
+            interval = numbers.get("intervals_95", {}).get("l2_avg_m")
+            spread = f"{interval['low']:.2f} to {interval['high']:.2f}" if interval else None
+            rows.append((result.name, (*cells, spread, str(numbers["n_samples"]))))
+        columns = (*PLAN_COLUMNS, "L2 avg, 95 %", "n")
+        note = ours[0].card(protocol).sentence()
+        plans = published.get(protocol)
+        if plans is None or not _same_protocol(ours[0].card(protocol), PRESETS[protocol]):
+            tables.append(ResultTable(f"Planning, {protocol}", columns, tuple(rows), note=note))
+            continue
+        published.pop(protocol)
+        beside = [(f"{name} (published)", (*cells, None, "6019")) for name, cells in plans.rows]
+        if all(_is_nuscenes_val(result) for result in ours):
+            note += f" Published: {plans.source}."
+            tables.append(
+                ResultTable(f"Planning, {protocol}", columns, (*rows, *beside), note=note)
+            )
+            continue
+        tables.append(ResultTable(f"Planning, {protocol}", columns, tuple(rows), note=note))
+        apart = f"{plans.source}. The same protocol, but on nuScenes val: other data than above."
+        title = f"Planning, {protocol}, published on nuScenes val"
+        tables.append(ResultTable(title, columns, tuple(beside), note=apart))
+    for plans in published.values():
+        note = f"{plans.source}. " + (
+            "No result here was scored under this protocol."
+            if plans.comparable
+            else "Quoted from other papers; their protocols are not known: compare with nothing."
+        )
+        title = f"Published: planning, {plans.protocol}"
+        tables.append(ResultTable(title, PLAN_COLUMNS, plans.rows, note=note))
+    return tables
+
+
+def _same_protocol(card: ProtocolCard, preset: ProtocolCard) -> bool:
+    """Equal but for what the planner was told."""
+    return replace(card, ego_status=preset.ego_status) == preset
+
+
+def _is_nuscenes_val(result: Result) -> bool:
+    """Whether the split is the one that papers print; a town has another size."""
+    counts = (result.other or {}).get("counts", {})
+    return (counts.get("in_split") or len(result.samples)) == NUSCENES_VAL
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two results on the samples that both have."""
+
+    first: str
+    second: str
+    protocol: str
+    test: PairedTest
+
+
+def compare(results: Sequence[Result]) -> list[Comparison]:
+    """Paired tests of every later result against the first, under the protocols both have.
+
+    Raises:
+        UserError: the two cards of a protocol differ.
+    """
+    with_samples = [result for result in results if result.samples]
+    found = []
+    for other in with_samples[1:]:
+        first = with_samples[0]
+        for protocol in first.protocols:
+            if protocol not in other.protocols:
+                continue
+            refuse_to_mix([(first.name, first.card(protocol)), (other.name, other.card(protocol))])
+            tokens = [
+                token
+                for token, record in first.samples.items()
+                if protocol in record["l2_avg_m"]
+                and protocol in other.samples.get(token, {}).get("l2_avg_m", {})
+            ]
+            if tokens:
+                values = [
+                    np.array([r.samples[token]["l2_avg_m"][protocol] for token in tokens])
+                    for r in (first, other)
+                ]
+                scenes = [first.samples[token]["scene"] for token in tokens]
+                test = paired_test(values[0], values[1], np.ones(len(tokens), bool), scenes)
+                found.append(Comparison(first.name, other.name, protocol, test))
+    return found
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> ResultTable:
+    """How far apart results are, and how sure that is."""
+    rows = []
+    for found in comparisons:
+        difference = found.test.difference
+        rows.append(
+            (
+                f"{found.second} - {found.first}, {found.protocol}",
+                (
+                    difference.value,
+                    f"{difference.low:+.3f} to {difference.high:+.3f}",
+                    f"{found.test.p_value:.4f}",
+                    str(found.test.samples),
+                    str(difference.scenes),
+                ),
+            )
+        )
+    return ResultTable(
+        "Paired comparison, average L2 (m)",
+        ("difference", "95 %", "p", "samples", "scenes"),
+        tuple(rows),
+        note="on the samples that both have; scenes resampled whole; p: signs of whole scenes "
+        "flipped. Below zero, the second is better.",
+        digits=3,
+    )

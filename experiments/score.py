@@ -1,0 +1,152 @@
+"""Score anybody's predictions on a data root: the verb `score`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
+from datamodules.records import SPLITS
+from experiments.driving_scores import score_driving
+from experiments.plan_submission import plan_set
+from experiments.planning_scores import planning_tables, sample_records, score_planners
+from experiments.planning_truth import PlanningTruth
+from experiments.report import Report, ResultTable, without_nan
+from experiments.submissions import Submission, read_submission
+from odvla.errors import UserError
+from odvla.metrics.protocol import ProtocolCard, protocols_of
+from odvla.weights import write_atomically
+
+DEFAULT_PROTOCOLS = ("uniad", "stp3")
+RESULTS, TABLE = "results.json", "table.md"
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What `score` was asked for."""
+
+    predictions: Path
+    data: Path
+    version: str = ""  # "": the only one that the root holds
+    split: str = "val"
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    frame: str = "lidar"
+    missing: str = ""  # "": as the protocol has it
+    name: str = ""
+    references: Path | None = None  # of captions and answers that bring none
+    bert: Path | None = None  # local model for BERTScore
+    beyond: bool = True  # with the open-loop approximations of closed-loop scores
+
+
+@dataclass(frozen=True)
+class Found:
+    """Tables, numbers, and what the user should know."""
+
+    report: Report
+    said: tuple[str, ...]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """results.json, with every sample, and table.md."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {**self.report.numbers, "samples": self.samples}
+        write_atomically(
+            folder / RESULTS, (json.dumps(without_nan(content), indent=1) + "\n").encode()
+        )
+        lines = [f"## {self.report.experiment}", ""]
+        lines += [table.markdown() for table in self.report.tables]
+        lines += [f"- {sentence}" for sentence in self.said]
+        write_atomically(folder / TABLE, ("\n".join(lines) + "\n").encode())
+
+
+def score(request: ScoreRequest) -> Found:
+    """Score a file of predictions.
+
+    Raises:
+        UserError: the file or the root is not usable; the sentence says why.
+    """
+    submission = read_submission(request.predictions)
+    if submission.kind == "plans":
+        return score_plans(request, submission)
+    if submission.kind == "language":
+        from experiments.score_language import score_language
+
+        return score_language(request, submission)
+    from experiments.score_boxes import score_boxes
+
+    return score_boxes(request, submission)
+
+
+def open_data(root: Path, version: str = "", **settings: Any) -> NuScenesDataModule:
+    """The data module of a root.
+
+    Raises:
+        UserError: the root holds no version of nuScenes, or several and none was named.
+    """
+    if not root.is_dir():
+        raise UserError(f"the data root {root} does not exist")
+    there = [name for name in SPLITS if (root / name).is_dir()]
+    if not version and len(there) != 1:
+        held = ", ".join(there) or "none of " + ", ".join(SPLITS)
+        raise UserError(f"{root} holds {held}; name one with --version")
+    return NuScenesDataConfig(root=str(root), version=version or there[0], **settings).build()
+
+
+def score_plans(request: ScoreRequest, submission: Submission) -> Found:
+    """Plans under every protocol asked for."""
+    protocols = _protocols(request)
+    data = open_data(request.data, request.version)
+    truth = PlanningTruth.of(data, request.split)
+    tables: list[ResultTable] = []
+    planning: dict[str, Any] = {}
+    samples: dict[str, dict[str, Any]] = {}
+    said: list[str] = []
+    numbers: dict[str, Any] = {
+        "predictions": str(submission.path),
+        "data": str(request.data),
+        "version": data.config.version,
+        "split": request.split,
+        "frame": request.frame,
+        "planning": planning,
+    }
+    # Texts and lengths read strictly and with repairs are two sets of plans.
+    for repair in sorted({card.parse == "repair" for card in protocols.values()}):
+        cards = {n: card for n, card in protocols.items() if (card.parse == "repair") == repair}
+        plans, counts = plan_set(
+            submission, truth, repair=repair, frame=request.frame, name=request.name
+        )
+        found = score_planners(truth, [plans], cards)
+        tables += planning_tables(found, {plans.name: plans.readable_percent})
+        planning |= {name: scored.as_dict() for name, scored in found[plans.name].items()}
+        for record in sample_records(truth, plans, found[plans.name]):
+            _merge(samples.setdefault(record["sample_token"], {}), record)
+        numbers["counts"] = counts.as_dict()
+        said += [sentence for sentence in counts.sentences() if sentence not in said]
+    if request.beyond:
+        table, driving, by_sample = score_driving(truth, [plans])
+        tables.append(table)
+        numbers["driving"] = driving
+        for token, values in by_sample[plans.name].items():
+            samples[token]["driving"] = values
+    title = request.name or submission.path.name
+    return Found(Report(title, tuple(tables), numbers), tuple(said), list(samples.values()))
+
+
+def _protocols(request: ScoreRequest) -> Mapping[str, ProtocolCard]:
+    cards = protocols_of(request.protocols or DEFAULT_PROTOCOLS)
+    if not request.missing:
+        return cards
+    changed: dict[str, Any] = {"missing": request.missing}
+    return {name: replace(card, **changed) for name, card in cards.items()}
+
+
+def _merge(into: dict[str, Any], record: dict[str, Any]) -> None:
+    """Add a sample's numbers under further protocols."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            into.setdefault(key, {}).update(value)
+        else:
+            into.setdefault(key, value)

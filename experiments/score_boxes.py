@@ -1,0 +1,103 @@
+"""Score a nuScenes detection or tracking submission with the devkit's own evaluators."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.evaluation import detection_table, tracking_table
+from experiments.report import Report
+from experiments.submissions import Submission, named
+from odvla.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.score import Found, ScoreRequest
+
+FIELDS = {
+    "detection": ("detection_name", "detection_score", "attribute_name"),
+    "tracking": ("tracking_name", "tracking_score", "tracking_id"),
+}
+SHARED = {"sample_token": None, "translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+
+
+def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
+    """Detections or tracks of a submission.
+
+    Raises:
+        UserError: a box is malformed, no sample belongs to the split, or the devkit refuses.
+    """
+    from nuscenes.nuscenes import NuScenes
+
+    from datamodules.records import SPLITS
+    from experiments.detection import evaluate_detections, samples_of_split
+    from experiments.score import Found, open_data
+    from experiments.tracking_scores import evaluate_tracks
+
+    data = open_data(request.data, request.version)
+    version = data.config.version
+    nuscenes = NuScenes(version, dataroot=str(request.data), verbose=False)
+    split = SPLITS[version][request.split]
+    wanted = samples_of_split(nuscenes, split)
+    extra = [token for token in submission.results if token not in set(wanted)]
+    missing = [token for token in wanted if token not in submission.results]
+    if len(missing) == len(wanted):
+        raise UserError(
+            f"{submission.path}: none of its {len(submission.results)} samples is a key-frame of "
+            f"the {request.split} split of {request.data}, e.g. {extra[0]}"
+        )
+    results = {token: submission.results[token] for token in wanted if token in submission.results}
+    for token, boxes in results.items():
+        _check(boxes, token, submission)
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of {len(wanted)} key-frames have no entry: {named(missing)}")
+    if extra:
+        said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
+    with tempfile.TemporaryDirectory() as folder:
+        if submission.kind == "detection":
+            summary = evaluate_detections(nuscenes, split, results, Path(folder))
+            table = detection_table(summary, len(results))
+        else:
+            summary = evaluate_tracks(nuscenes, split, results, Path(folder))
+            table = tracking_table(summary, len(results))
+    counts = {
+        "in_file": len(submission.results),
+        "in_split": len(wanted),
+        "used": len(results),
+        "n_missing": len(missing),
+        "n_extra": len(extra),
+        "missing": missing,
+        "extra": extra,
+    }
+    numbers: dict[str, Any] = {
+        "predictions": str(submission.path),
+        "data": str(request.data),
+        "version": version,
+        "split": request.split,
+        submission.kind: summary,
+        "counts": counts,
+    }
+    title = request.name or submission.path.name
+    return Found(Report(title, (table,), numbers), tuple(said))
+
+
+def _check(boxes: Any, token: str, submission: Submission) -> None:
+    where = f"{submission.path}, sample {token}"
+    if not isinstance(boxes, list):
+        raise UserError(f"{where}: expected a list of boxes")
+    for number, box in enumerate(boxes):
+        for name in (*SHARED, *FIELDS[submission.kind]):
+            if not isinstance(box, dict) or name not in box:
+                raise UserError(f"{where}, box {number}: field {name!r} is missing")
+        if box["sample_token"] != token:
+            raise UserError(f"{where}, box {number}: it names sample {box['sample_token']!r}")
+        for name, size in SHARED.items():
+            if size is None:
+                continue
+            values = box[name]
+            numeric = isinstance(values, list) and all(
+                isinstance(value, int | float) and value == value for value in values
+            )
+            if not numeric or len(values) != size:
+                raise UserError(f"{where}, box {number}: {name} must be {size} numbers")

@@ -1,0 +1,205 @@
+"""Score answers and captions: ours, which bring their references, or anybody's beside a file.
+
+| records | references |
+|---|---|
+| ours (kind, text, reference) | in the records |
+| NuScenes-QA: sample_token, question, answer or prediction | its questions file |
+| nuCaption: sample_token, question, answer or prediction | its file |
+| nuX: sample_token -> narration, reasoning | its file |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.language_files import read_json
+from experiments.evaluation import evaluate_language
+from experiments.report import Report, ResultTable
+from experiments.submissions import Submission, named
+from odvla.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.score import Found, ScoreRequest
+
+Record = dict[str, Any]
+BERT_LAYERS = {"bert-base-uncased": 9, "roberta-large": 17}
+FILES = {
+    "qa": ("nuscenes_qa/NuScenes_{}_questions.json", "questions"),
+    "narration": ("nux/Nu_X_{}.json", None),
+    "caption": ("nucaption/{}.json", None),
+}
+
+
+def score_language(request: ScoreRequest, submission: Submission) -> Found:
+    """Answers and captions of a file.
+
+    Raises:
+        UserError: references are missing, or nothing fits them.
+    """
+    from experiments.score import Found
+
+    said: list[str] = []
+    counts: dict[str, Any] = {}
+    if all("reference" in record and "text" in record for record in submission.records):
+        records = submission.records
+    else:
+        kind = _kind(submission)
+        records, counts = join(submission, references(request, kind), kind)
+        for name, sentence in (
+            ("missing", "references have no answer"),
+            ("extra", "answers have no reference"),
+            ("doubled", "answers come more than once, the first counts"),
+        ):
+            if counts[name]:
+                said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
+    tables, numbers = evaluate_language(records, submission.path.name)
+    if not tables:
+        raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
+    if request.bert is not None:
+        table, scores = _bert(request.bert, records)
+        tables, numbers = (*tables, table), {**numbers, "bert_score": scores}
+    found = {
+        "predictions": str(submission.path),
+        "data": str(request.data),
+        "split": request.split,
+        "language": numbers,
+        "counts": counts,
+    }
+    return Found(Report(request.name or submission.path.name, tables, found), tuple(said), records)
+
+
+def _kind(submission: Submission) -> str:
+    first = submission.records[0]
+    if "narration" in first or "reasoning" in first:
+        return "narration"
+    if "question" not in first:
+        raise UserError(
+            f"{submission.path}: its records have neither a question nor a narration, and no "
+            "reference of their own"
+        )
+    texts = [str(_answer(record)) for record in submission.records]
+    # NuScenes-QA's answers are a word or two; nuCaption's are sentences.
+    return "qa" if sum(len(text.split()) <= 3 for text in texts) > len(texts) / 2 else "caption"
+
+
+def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record]:
+    """References by (sample token, question).
+
+    Raises:
+        UserError: the file is missing or does not hold what it should.
+    """
+    pattern, inside = FILES[kind]
+    path = request.references or Path(request.data) / "language" / pattern.format(request.split)
+    if not path.is_file():
+        raise UserError(
+            f"the references are missing: there is no {path}; name the file with --references"
+        )
+    content = read_json(path)
+    if inside is not None:
+        content = content.get(inside) if isinstance(content, Mapping) else None
+    if isinstance(content, Mapping):
+        content = [{"sample_token": token, **value} for token, value in content.items()]
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path} holds no references of the kind that {kind!r} needs")
+    return {_key(record, str(path)): record for record in content}
+
+
+def join(
+    submission: Submission, truth: Mapping[tuple[str, str], Record], kind: str
+) -> tuple[list[Record], dict[str, Any]]:
+    """Answers beside their references, and what did not fit.
+
+    Raises:
+        UserError: no answer has a reference.
+    """
+    answers: dict[tuple[str, str], Record] = {}
+    doubled: list[str] = []
+    for record in submission.records:
+        key = _key(record, str(submission.path))
+        if key in answers:
+            doubled.append(key[0])
+        answers.setdefault(key, record)
+    records = []
+    for key, record in answers.items():
+        if key not in truth:
+            continue
+        reference = truth[key]
+        meta = {
+            name: str(reference[name]) for name in ("template_type", "num_hop") if name in reference
+        }
+        if kind == "narration":
+            texts = [
+                f"{r.get('narration', '')} Reasoning: {r.get('reasoning', '')}"
+                for r in (record, reference)
+            ]
+        else:
+            texts = [str(_answer(record)), str(_answer(reference))]
+        records.append(
+            {
+                "sample_token": key[0],
+                "kind": kind,
+                "question": key[1],
+                "text": texts[0],
+                "reference": texts[1],
+                "meta": meta,
+            }
+        )
+    extra = [key[0] for key in answers if key not in truth]
+    if not records:
+        raise UserError(
+            f"{submission.path}: not one of its {len(answers)} answers belongs to a reference, "
+            f"e.g. that of sample {extra[0]}"
+        )
+    missing = [key[0] for key in truth if key not in answers]
+    counts = {
+        "in_file": len(submission.records),
+        "references": len(truth),
+        "used": len(records),
+        "n_missing": len(missing),
+        "n_extra": len(extra),
+        "n_doubled": len(doubled),
+        "missing": missing,
+        "extra": extra,
+        "doubled": doubled,
+    }
+    return records, counts
+
+
+def _key(record: Record, where: str) -> tuple[str, str]:
+    token = record.get("sample_token")
+    if not isinstance(token, str):
+        raise UserError(f"{where}: a record names no sample_token")
+    return token, str(record.get("question", ""))
+
+
+def _answer(record: Record) -> Any:
+    for name in ("prediction", "pred", "text", "answer"):
+        if name in record:
+            return record[name]
+    return ""
+
+
+def _bert(folder: Path, records: list[Record]) -> tuple[ResultTable, dict[str, Any]]:
+    from odvla.metrics.bertscore import bert_score
+
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    layers = int(config.get("num_hidden_layers", 12))
+    layer = BERT_LAYERS.get(folder.name, layers)
+    captions = [record for record in records if record["kind"] != "qa"] or records
+    scores = bert_score(
+        [record["text"] for record in captions],
+        [record["reference"] for record in captions],
+        folder,
+        layer,
+    )
+    table = ResultTable(
+        title="BERTScore",
+        columns=("precision", "recall", "F1"),
+        rows=((scores.model, (scores.precision, scores.recall, scores.f1)),),
+        note=f"{len(captions)} texts, layer {scores.layer}, not rescaled, x 100.",
+        digits=1,
+    )
+    return table, asdict(scores)

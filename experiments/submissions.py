@@ -1,0 +1,222 @@
+"""Anybody's predictions: which kind of file it is, and what is in it.
+
+| file | what it holds |
+|---|---|
+| .jsonl | our JSON lines: records with sample_token, kind and waypoints or text |
+| plan_conv.json | OpenDriveVLA's: JSON lines of {"id": "<token>_trajectory", "answer": [text]} |
+| .pkl | GPT-Driver's plans: a pickled dict, sample token -> 6 x 2 numbers |
+| .json with "meta" and "results" | a nuScenes detection or tracking submission |
+| .json, other | NuScenes-QA answers or captions: a list, or an object by sample token |
+
+Nothing is dropped silently: what does not belong, is there twice or cannot be used is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from datamodules.gpt_driver import load_arrays
+from odvla.errors import UserError
+
+Kind = Literal["plans", "language", "detection", "tracking"]
+Record = dict[str, Any]
+TRAJECTORY = "_trajectory"
+SHOWN = 3  # tokens that a sentence names
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a file of predictions holds, as it stands there."""
+
+    path: Path
+    kind: Kind
+    # Plans: token -> points as given (any shape) or a text. The first where a token comes twice.
+    plans: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)  # language
+    results: dict[str, Any] = field(default_factory=dict)  # detection, tracking: token -> boxes
+    doubled: tuple[str, ...] = ()  # tokens that come more than once
+    conflicting: tuple[str, ...] = ()  # of these, those whose plans differ
+
+
+def read_submission(path: Path) -> Submission:
+    """Read a file of predictions, whatever its format.
+
+    Raises:
+        UserError: the file is missing, empty, broken or of no known format, or a pickle names
+            anything but arrays.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file of predictions at {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: it holds no prediction")
+    if path.suffix in (".pkl", ".pickle"):
+        return _from_pickle(path)
+    text = _text(path)
+    content = _whole_json(text)
+    if content is None:
+        return _from_records(path, list(_lines(path, text)))
+    if isinstance(content, dict) and {"meta", "results"} <= set(content):
+        return _from_nuscenes(path, content["results"])
+    if isinstance(content, dict) and {"id", "answer"} <= set(content):
+        return _from_records(path, [content])  # one line of JSON lines
+    if isinstance(content, dict) and {"sample_token"} <= set(content):
+        return _from_records(path, [content])
+    if isinstance(content, dict) and "questions" in content:
+        return _from_records(path, content["questions"])
+    if isinstance(content, list):
+        return _from_records(path, content)
+    if isinstance(content, dict):
+        return _from_tokens(path, content)
+    raise UserError(f"{path} holds a single value, no predictions")
+
+
+def named(tokens: Iterable[str]) -> str:
+    """Some tokens for a sentence: the first few, and how many more there are."""
+    found = list(tokens)
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ", ".join(found[:SHOWN]) + more
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text file: {error}") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty: it holds no prediction")
+    return text
+
+
+def _whole_json(text: str) -> Any:
+    """Content where the file is one JSON value; None where it may be JSON lines."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+def _lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
+
+
+def _from_pickle(path: Path) -> Submission:
+    content = load_arrays(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a dict, sample token -> 6 x 2 numbers")
+    if not content:
+        raise UserError(f"{path} is empty: it holds no prediction")
+    return Submission(path, "plans", plans={str(key): value for key, value in content.items()})
+
+
+def _from_nuscenes(path: Path, results: Any) -> Submission:
+    if not isinstance(results, dict) or not results:
+        raise UserError(f"{path} is empty: its 'results' hold no sample")
+    boxes = [box for found in results.values() for box in found]
+    tracked = [isinstance(box, dict) and "tracking_id" in box for box in boxes]
+    if any(tracked) and not all(tracked):
+        raise UserError(f"{path}: some boxes have a tracking_id and some have none")
+    return Submission(path, "tracking" if any(tracked) else "detection", results=results)
+
+
+def _from_records(path: Path, records: Any) -> Submission:
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path} is empty: it holds no prediction")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(f"record {number} of {path} is no JSON object")
+    plans = [record for record in records if _is_plan(record)]
+    if not plans:
+        return Submission(path, "language", records=records)
+    pairs = []
+    for number, record in enumerate(plans):
+        token = _token(record)
+        if token is None:
+            raise UserError(f"plan {number} of {path} names no sample (id or sample_token)")
+        pairs.append((token, _points_or_text(record)))
+    return _plans(path, pairs)
+
+
+def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:
+    """An object by token: plans as numbers or texts, or captions."""
+    values = list(content.values())
+    if all(isinstance(value, dict) and not _is_plan(value) for value in values):
+        records = [{"sample_token": key, **value} for key, value in content.items()]
+        return Submission(path, "language", records=records)
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) == len(values) and not any(key.endswith(TRAJECTORY) for key in content):
+        records = [{"sample_token": key, "text": value} for key, value in content.items()]
+        if not any("(" in text and "," in text for text in texts):
+            return Submission(path, "language", records=records)
+    pairs = []
+    for key, value in content.items():
+        found = _points_or_text(value) if isinstance(value, dict) else _unwrapped(value)
+        pairs.append((key.removesuffix(TRAJECTORY), found))
+    return _plans(path, pairs)
+
+
+def _plans(path: Path, pairs: list[tuple[str, Any]]) -> Submission:
+    plans: dict[str, Any] = {}
+    doubled: dict[str, bool] = {}
+    for token, plan in pairs:
+        if token not in plans:
+            plans[token] = plan
+        else:
+            doubled[token] = doubled.get(token, False) or not _same(plans[token], plan)
+    conflicting = tuple(token for token, differs in doubled.items() if differs)
+    return Submission(path, "plans", plans, doubled=tuple(doubled), conflicting=conflicting)
+
+
+def _same(first: Any, second: Any) -> bool:
+    return json.dumps(first, default=str) == json.dumps(second, default=str)
+
+
+def _is_plan(record: Mapping[str, Any]) -> bool:
+    if "kind" in record:
+        return record["kind"] == "plan"
+    key = str(record.get("id", record.get("qa_id", "")))
+    return key.endswith(TRAJECTORY) or "waypoints" in record or "trajectory" in record
+
+
+def _token(record: Mapping[str, Any]) -> str | None:
+    for key in ("sample_token", "sample_id", "token", "id", "qa_id"):
+        if isinstance(record.get(key), str):
+            return record[key].removesuffix(TRAJECTORY)
+    return None
+
+
+def _points_or_text(record: Mapping[str, Any]) -> Any:
+    """Points where there are some, else the text that says them."""
+    for key in ("waypoints", "trajectory", "answer", "text"):
+        if record.get(key) is not None:
+            return _unwrapped(record[key])
+    return None
+
+
+def _unwrapped(value: Any) -> Any:
+    """The reference writes an answer as a list of one text."""
+    lone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+    return value[0] if lone else value
+
+
+def as_points(value: Any) -> np.ndarray | None:
+    """Points [n, 2] of whatever was given; None where they are no such numbers."""
+    try:
+        points = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    if points.ndim == 3 and len(points) == 1:
+        points = points[0]
+    if points.ndim != 2 or points.shape[1] < 2:
+        return None
+    return points[:, :2]

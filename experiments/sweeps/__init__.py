@@ -1,0 +1,1 @@
+"""Sweeps: an ablation declared in a few lines, trained once a distinct stage, resumed, compared."""

@@ -1,0 +1,121 @@
+"""The full-fidelity vision tower at a small size, trained from nothing on a generated town."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from datamodules.nuscenes import NuScenesDataConfig
+from experiments.schema import (
+    DataConfig,
+    ExperimentConfig,
+    StagesConfig,
+    TokenizerConfig,
+    TownSettings,
+    TrainerConfig,
+)
+from odvla.augmentation import AugmentationConfig
+from odvla.encoders.bevformer import BEVFormerConfig
+from odvla.encoders.resnet import ResNetConfig
+from odvla.language.causal_lm import LanguageConfig
+from odvla.language.prompts import Dialect
+from odvla.losses.clip import ClipLossConfig
+from odvla.losses.panoptic_map import PanopticMapLossConfig
+from odvla.queries.panoptic_map import PanopticMapConfig
+from odvla.queries.scene import SceneSamplerConfig
+from odvla.queries.trackformer import TrackFormerConfig
+from odvla.vla import VLAConfig
+from stages.optimisation import LearningRates, OptimiserConfig
+from stages.perception import PerceptionStageConfig
+
+# From nothing the backbone needs the same rate as the rest; UniAD starts from trained weights.
+FROM_NOTHING = OptimiserConfig(
+    lr=LearningRates(backbone=4e-4, encoder=4e-4, queries=4e-4), warmup=0.05, weight_decay=0.01
+)
+
+
+def uniad_town() -> ExperimentConfig:
+    """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town."""
+    size = (160, 90)
+    return ExperimentConfig(
+        name="uniad_town",
+        model=VLAConfig(
+            encoder=BEVFormerConfig(
+                backbone=ResNetConfig(depth=50, base_channels=16, deformable_stages=(3,)),
+                dim=64,
+                rows=50,
+                columns=50,
+                layers=2,
+                heads=4,
+                hidden=128,
+            ),
+            queries=(
+                SceneSamplerConfig(),
+                TrackFormerConfig(queries=150, layers=3, heads=4, hidden=128),
+                PanopticMapConfig(
+                    queries=60,
+                    encoder_layers=2,
+                    decoder_layers=3,
+                    heads=4,
+                    hidden=128,
+                    thing_mask_layers=2,
+                    stuff_mask_layers=2,
+                    mask_heads=4,
+                    max_candidates=40,
+                ),
+            ),
+            language=LanguageConfig(hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320),
+            ego_token=True,
+        ),
+        data=DataConfig(
+            version="v1.0-trainval",
+            image_size=size,
+            cache_images=True,
+            perception=NuScenesDataConfig(
+                targets=("agents", "map"), clip_length=3, batch_size=2, eval_batch_size=8
+            ),
+        ),
+        tokenizer=TokenizerConfig(vocab_size=768),
+        dialect=Dialect("compact"),
+        stages=StagesConfig(
+            perception=PerceptionStageConfig(
+                optimiser=FROM_NOTHING,
+                steps=3000,
+                losses=ClipLossConfig(past_trajectory=0.1, map=PanopticMapLossConfig()),
+                augmentation=AugmentationConfig(),
+            ),
+        ),
+        run=("perception",),
+        town=TownSettings(scenes=75, image_size=size),
+        trainer=TrainerConfig(accelerator="cpu"),
+    )
+
+
+def uniad_town_smoke() -> ExperimentConfig:
+    """Every part of `uniad_town` for three steps: does it run at all?"""
+    base = uniad_town()
+    encoder = replace(
+        base.model.encoder,
+        backbone=replace(base.model.encoder.backbone, base_channels=4),
+        dim=16,
+        rows=16,
+        columns=16,
+        layers=1,
+        heads=2,
+        hidden=32,
+    )
+    scene, tracks, elements = base.model.queries
+    tracks = replace(tracks, queries=20, layers=2, heads=2, hidden=32)
+    elements = replace(
+        elements, queries=10, encoder_layers=1, decoder_layers=2, hidden=32, max_candidates=8
+    )
+    perception = base.stages.perception
+    assert perception is not None
+    return replace(
+        base,
+        name="uniad_town_smoke",
+        model=replace(base.model, encoder=encoder, queries=(scene, tracks, elements)),
+        data=replace(base.data, version="v1.0-mini"),
+        stages=replace(base.stages, perception=replace(perception, steps=3)),
+        town=TownSettings(scenes=10, image_size=base.data.image_size),
+        pictures=1,
+    )

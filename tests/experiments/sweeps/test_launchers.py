@@ -1,0 +1,226 @@
+"""A sweep on a generated town: shared stages, resuming, failures, and every launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import main
+from experiments.handoff import CARD
+from experiments.sweeps.graph import FAILED, plan_sweep
+from experiments.sweeps.launchers.slurm import write_script
+from experiments.sweeps.work import STATUS, run_task
+from odvla.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+DECLARED = '''
+from dataclasses import replace
+
+from experiments.sweeps.definition import Axis, Sweep, settings
+from experiments.tiny import smoke
+
+
+def base():
+    config = smoke()
+    stages = config.stages
+    return replace(
+        config,
+        town=None,
+        pictures=0,
+        run=("perception", "planning"),
+        data=replace(
+            config.data, version="v1.0-trainval", image_size=(64, 36), train_scenes=1
+        ),
+        stages=replace(
+            stages,
+            perception=replace(stages.perception, steps=2, checkpoint_every=1),
+            planning=replace(stages.planning, steps=2, checkpoint_every=1),
+        ),
+    )
+
+
+def planning_steps() -> Sweep:
+    """Steps of stage 3."""
+    return Sweep("planning_steps", base, (settings("stages.planning.steps", 2, 3),))
+
+
+def breaks() -> Sweep:
+    """One of the points cannot read its data."""
+    broken = {"whole": (), "broken": ("stages.planning.max_new_tokens=5000",)}
+    return Sweep("breaks", base, (Axis("context", broken),))
+
+
+def slow() -> Sweep:
+    """Long enough to be interrupted."""
+    seeing = replace(base(), run=("perception",))
+    return Sweep("slow", seeing, (settings("stages.perception.steps", 12, 13),))
+'''
+
+
+@pytest.fixture
+def declared(tmp_path, monkeypatch):
+    (tmp_path / "my_sweeps.py").write_text(DECLARED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    yield tmp_path
+    sys.modules.pop("my_sweeps", None)
+
+
+def sweep(name, town_root, *more):
+    return main(["sweep", f"my_sweeps:{name}", "--data", str(town_root), "--runs", "runs", *more])
+
+
+def cards(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob(f"stages/*/*/{CARD}")}
+
+
+def test_what_points_share_is_trained_once_and_a_rerun_does_nothing(declared, town_root):
+    assert sweep("planning_steps", town_root) == 0
+    folder = declared / "runs" / "planning_steps"
+    made = cards(folder)
+    assert sorted(path.parent.name for path in made) == ["perception", "planning", "planning"]
+    manifest = json.loads((folder / "sweep.json").read_text())
+    for point in manifest["points"]:
+        results = folder / "points" / point["id"]
+        numbers = json.loads((results / "results.json").read_text())
+        assert numbers["planning"]["planning"]["OpenDriveVLA"]["samples"] > 0
+        assert (results / "perception" / CARD).is_file()  # `predict` and --from find it here
+    assert sweep("planning_steps", town_root) == 0
+    assert cards(folder) == made
+
+
+def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys):
+    assert sweep("planning_steps", town_root, "--dry-run") == 0
+    (declared / "runs" / "planning_steps").mkdir(parents=True, exist_ok=True)
+    from experiments.find import find_sweep
+    from experiments.sweeps.definition import base_of
+    from experiments.sweeps.graph import write_manifest
+
+    declaration = find_sweep("my_sweeps:planning_steps")
+    plan = plan_sweep(
+        declaration, "my_sweeps:planning_steps", Path("runs"), data_root=str(town_root)
+    )
+    write_manifest(plan, base_of(declaration))
+    assert sweep("planning_steps", town_root, "--set", "data.eval_scenes=1") == 2
+    said = capsys.readouterr().err
+    assert "data.eval_scenes was 0 and is now 1" in said
+
+
+def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, capsys):
+    assert sweep("breaks", town_root, "--launcher", "processes", "--workers", "2") == 1
+    folder = declared / "runs" / "breaks"
+    broken = list(folder.glob(f"stages/*/{FAILED}"))
+    assert len(broken) == 1
+    assert "positions" in json.loads(broken[0].read_text())["error"]
+    assert len(list(folder.glob("points/*/results.json"))) == 1
+    assert "1 failed" in capsys.readouterr().out
+
+
+def kill_once_begun(folder, killed):
+    """Kill the process that trains a stage as soon as it has made a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in folder.glob(f"stages/*/{STATUS}"):
+            try:
+                status = json.loads(path.read_text())
+            except (OSError, json.JSONDecodeError):
+                continue
+            if status.get("step", 0) >= 1:
+                os.kill(status["pid"], signal.SIGKILL)
+                killed.append(status["pid"])
+                return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("launcher", ["processes", "ray"])
+def test_a_killed_worker_costs_an_attempt_and_nothing_else(
+    launcher, declared, town_root, monkeypatch
+):
+    if launcher == "ray":
+        ray = pytest.importorskip("ray")
+        monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    killed: list[int] = []
+    watcher = threading.Thread(
+        target=kill_once_begun, args=(declared / "runs" / "slow", killed), daemon=True
+    )
+    watcher.start()
+    try:
+        assert sweep("slow", town_root, "--launcher", launcher, "--retries", "1") == 0
+    finally:
+        if launcher == "ray":
+            ray.shutdown()
+    watcher.join()
+    assert killed
+    assert len(list((declared / "runs" / "slow").glob("points/*/results.json"))) == 2
+
+
+def test_the_slurm_script_submits_each_task_once_in_the_right_order(declared, town_root):
+    from experiments.find import find_sweep
+
+    plan = plan_sweep(
+        find_sweep("my_sweeps:planning_steps"), "x", Path("runs"), data_root=str(town_root)
+    )
+    command = ["python", "-m", "experiments.cli", "sweep-task", "x"]
+    resources = replace(plan.sweep.resources, cpus=4, gpus=1)
+    script = write_script(plan, command, resources, ["--partition=gpu"])
+    # A pretended sbatch that runs the array at once, as SLURM would, and notes its arguments.
+    bin_folder = declared / "bin"
+    bin_folder.mkdir()
+    fake = bin_folder / "sbatch"
+    fake.write_text(
+        "#!/bin/bash\n"
+        f'echo "$@" >> {declared}/sbatch.log\n'
+        "for last; do :; done\n"
+        'count=$(echo "$@" | sed -E "s/.*--array=1-([0-9]+).*/\\1/")\n'
+        'for n in $(seq "$count"); do SLURM_ARRAY_TASK_ID=$n bash "$last" >/dev/null; done\n'
+        f"wc -l < {declared}/sbatch.log\n"
+    )
+    python = bin_folder / "python"
+    python.write_text(f'#!/bin/bash\necho "${{@: -1}}" >> {declared}/tasks.log\n')
+    for path in (fake, python):
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([str(script)], env=environment, check=True, capture_output=True)
+    order = (declared / "tasks.log").read_text().split()
+    assert sorted(order) == sorted(task.id for task in plan.tasks)
+    for task in plan.tasks:
+        assert all(order.index(before) < order.index(task.id) for before in task.after)
+    lines = (declared / "sbatch.log").read_text().splitlines()
+    assert "--dependency" not in lines[0]
+    assert "--dependency=afterany:1" in lines[1]
+    assert all("--cpus-per-task=4" in line and "--gpus-per-task=1" in line for line in lines)
+    assert all("--partition=gpu" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "missing", "message"),
+    [("slurm", None, "needs sbatch"), ("ray", "ray", "pip install 'odvla[ray]'")],
+)
+def test_a_missing_engine_is_named_before_anything_runs(
+    launcher, missing, message, declared, town_root, capsys, monkeypatch
+):
+    if missing:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    assert sweep("planning_steps", town_root, "--launcher", launcher) == 2
+    assert message in capsys.readouterr().err
+    assert not (declared / "runs").exists()
+
+
+def test_a_task_that_is_not_there_is_named(declared, town_root):
+    from experiments.find import find_sweep
+
+    plan = plan_sweep(
+        find_sweep("my_sweeps:planning_steps"), "x", Path("runs"), data_root=str(town_root)
+    )
+    with pytest.raises(UserError, match="has no task 'perception-0'"):
+        run_task(plan, Path("runs"), plan.task("perception-0"))

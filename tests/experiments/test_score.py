@@ -1,0 +1,273 @@
+"""Anybody's predictions: formats, and everything that can be wrong with them."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
+from experiments.cli import main
+from experiments.plan_submission import FRAMES, plan_set
+from experiments.planning_scores import PlanSet, score_planners
+from experiments.planning_truth import GroundTruthCheck, PlanningTruth
+from experiments.score_language import join
+from experiments.submissions import Submission, read_submission
+from odvla.errors import UserError
+from odvla.language.waypoints import format_waypoints
+from odvla.metrics.collisions import Traffic
+from odvla.metrics.protocol import PRESETS
+from odvla.types import EgoState, PlanTargets
+
+TOKENS = [f"{number:032x}" for number in range(12)]
+
+
+class Bends:
+    """A data module's stand-in: twelve cars in three scenes that drive bends on an empty road."""
+
+    config = NuScenesDataConfig(root="/nowhere")
+
+    def evaluation_frames(self, split, *, height_m=0.0):
+        for number, token in enumerate(TOKENS):
+            angle = torch.linspace(0.05, 0.3, 6) * (1 + number % 3)
+            way = 3.0 * torch.arange(1, 7)
+            path = torch.stack([way * angle.sin(), way * angle.cos()], -1)[None].float()
+            mask = torch.arange(6)[None] < (6 if number % 4 else 3)
+            zero = torch.zeros(1)
+            ego = EgoState(
+                velocity=torch.zeros(1, 2),
+                yaw_rate=zero,
+                acceleration=torch.zeros(1, 2),
+                can_accel=torch.zeros(1, 2),
+                heading_speed=zero,
+                steering=zero,
+                history=torch.zeros(1, 4, 2),
+                command=torch.tensor([2]),
+            )
+            plan = PlanTargets(path, mask)
+            yield EvaluationFrame(token, f"scene-{number // 4}", number % 4, plan, ego)
+
+    def occupancy(self, sample_token, *, pedestrians=False):
+        return torch.zeros(6, 200, 200, dtype=torch.bool)
+
+
+@pytest.fixture
+def truth():
+    return PlanningTruth.of(Bends())
+
+
+def write_pickle(path, plans):
+    path.write_bytes(pickle.dumps(plans))
+    return path
+
+
+def driven(truth):
+    return dict(zip(TOKENS, truth.split.waypoints.double().numpy(), strict=True))
+
+
+def test_every_format_of_plans_is_read_alike(truth, tmp_path):
+    plans = driven(truth)
+    lines = tmp_path / "predictions.jsonl"
+    lines.write_text(
+        "".join(
+            json.dumps({"sample_token": t, "kind": "plan", "waypoints": p.tolist()}) + "\n"
+            for t, p in plans.items()
+        )
+        + json.dumps({"sample_token": TOKENS[0], "kind": "plan_blind", "waypoints": None})
+    )
+    conversations = tmp_path / "plan_conv.json"
+    answers = [
+        {"id": f"{t}_trajectory", "question": "?", "answer": [format_waypoints(p)]}
+        for t, p in plans.items()
+    ]
+    conversations.write_text("\n".join(map(json.dumps, answers)))
+    as_list = tmp_path / "list.json"
+    as_list.write_text(json.dumps(answers))
+    as_dict = tmp_path / "dict.json"
+    as_dict.write_text(json.dumps({a["id"]: a["answer"][0] for a in answers}))
+    pickled = write_pickle(tmp_path / "plans.pkl", plans)
+    for path in (lines, conversations, as_list, as_dict, pickled):
+        submission = read_submission(path)
+        assert submission.kind == "plans"
+        found, counts = plan_set(submission, truth, repair=False)
+        error = (found.points - truth.split.waypoints).abs().max()
+        assert error <= (0.0051 if path in (conversations, as_list, as_dict) else 0)
+        assert counts.used == 12
+        assert counts.sentences() == []
+
+
+def test_missing_extra_doubled_and_unusable_plans_are_counted_and_named(truth, tmp_path):
+    plans = driven(truth)
+    records = [
+        {"sample_token": t, "kind": "plan", "waypoints": p.tolist()} for t, p in plans.items()
+    ]
+    del records[0]
+    records[0]["waypoints"][2][1] = float("nan")
+    records[1]["waypoints"].pop()
+    records[2]["waypoints"] = None
+    records.append(records[5] | {"waypoints": [[9.0, 9.0]] * 6})
+    records.append(records[6])
+    records.append({"sample_token": "nobody", "kind": "plan", "waypoints": [[0.0, 0.0]] * 6})
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    found, counts = plan_set(read_submission(path), truth, repair=False)
+    said = counts.as_dict()
+    assert (said["n_missing"], said["missing"]) == (1, [TOKENS[0]])
+    assert (said["n_extra"], said["extra"]) == (1, ["nobody"])
+    assert said["doubled"] == [TOKENS[6], TOKENS[7]]
+    assert said["conflicting"] == [TOKENS[6]]
+    assert said["n_unusable"] == 3
+    assert said["unusable"]["not finite (NaN or infinite)"] == [TOKENS[1]]
+    assert said["unusable"]["5 points instead of 6"] == [TOKENS[2]]
+    assert said["used"] == 8
+    text = "\n".join(counts.sentences())
+    for word in (TOKENS[0], "nobody", "1 with different plans", "NaN", "5 points instead of 6"):
+        assert word in text
+    # The first of two plans counts.
+    assert torch.equal(found.points[6], truth.split.waypoints[6].double())
+    # Standing still for the three; the missing one is left out.
+    scores = score_planners(truth, [found], {"uniad": PRESETS["uniad"]})[found.name]["uniad"]
+    assert scores.scores.samples == 11
+    strict = {"opendrivevla_uniad": PRESETS["opendrivevla_uniad"]}
+    with pytest.raises(UserError, match="4 plans are missing or cannot be read"):
+        score_planners(truth, [found], strict)
+    mended, counts = plan_set(read_submission(path), truth, repair=True)
+    assert counts.repaired == (TOKENS[2],)
+    assert torch.equal(mended.points[2, 5], mended.points[2, 4])
+
+
+@pytest.mark.parametrize("frame", ["ego", "swapped", "mirrored", "offsets"])
+def test_a_wrong_frame_is_found_by_the_ground_truth(truth, tmp_path, frame):
+    rng = np.random.default_rng(0)
+    undo = {
+        "ego": lambda p: np.stack([p[:, 1], -p[:, 0]], -1),
+        "swapped": lambda p: p[:, ::-1],
+        "mirrored": lambda p: p * [-1.0, 1.0],
+        "offsets": lambda p: np.diff(p, axis=0, prepend=np.zeros((1, 2))),
+    }[frame]
+    noisy = {t: p + rng.normal(0, 0.2, p.shape) for t, p in driven(truth).items()}
+    assert np.allclose(FRAMES[frame](undo(noisy[TOKENS[0]])), noisy[TOKENS[0]])
+    path = write_pickle(tmp_path / "plans.pkl", {t: undo(p).copy() for t, p in noisy.items()})
+    with pytest.raises(UserError, match=f"say --frame {frame}"):
+        plan_set(read_submission(path), truth, repair=False)
+    found, _ = plan_set(read_submission(path), truth, repair=False, frame=frame)
+    assert (found.points - truth.split.waypoints).abs().max() < 1.0
+
+
+def test_poor_plans_are_not_taken_for_another_frame(truth, tmp_path):
+    still = {token: np.zeros((6, 2)) for token in TOKENS}
+    path = write_pickle(tmp_path / "plans.pkl", still)
+    found, _ = plan_set(read_submission(path), truth, repair=False)
+    assert not found.points.any()
+
+
+class Evil:
+    """Would print when unpickled."""
+
+    def __reduce__(self):
+        return print, ("owned",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b"", "is empty"),
+        ("p.jsonl", b" \n", "is empty"),
+        ("p.json", b"[]", "is empty"),
+        ("p.pkl", pickle.dumps({}), "is empty"),
+        ("p.pkl", pickle.dumps([1]), "must hold a dict"),
+        ("p.pkl", pickle.dumps({"a": Evil()}), r"is refused: it names .*print"),
+        ("p.pkl", b"\x80garbage", "not a whole pickle"),
+        ("p.json", b"\xff\xfe\x00", "is no text file"),
+        ("p.json", b"3", "no predictions"),
+        ("p.json", b'[{"a": 1}, 2]', "record 1 of .* is no JSON object"),
+        ("p.jsonl", b'{"kind": "plan"}\n{"kind"', "line 2 of .* is not JSON"),
+        ("p.jsonl", b'{"kind": "plan"}\n{"kind": "plan"}', "plan 0 of .* names no sample"),
+        ("p.json", b'{"meta": {}, "results": {}}', "hold no sample"),
+    ],
+)
+def test_broken_files_are_refused_with_a_sentence(tmp_path, capsys, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_submission(path)
+    assert "owned" not in capsys.readouterr().out
+
+
+def test_plans_of_other_samples_are_refused(truth, tmp_path):
+    path = write_pickle(tmp_path / "plans.pkl", {"x": np.zeros((6, 2))})
+    with pytest.raises(UserError, match="none of its 1 samples is a key-frame of the val split"):
+        plan_set(read_submission(path), truth, repair=False)
+    path = write_pickle(tmp_path / "plans.pkl", {TOKENS[0]: np.zeros((5, 2))})
+    with pytest.raises(UserError, match=r"not one of its 1 plans can be used.*5 points instead"):
+        plan_set(read_submission(path), truth, repair=False)
+    with pytest.raises(UserError, match="no file of predictions"):
+        read_submission(tmp_path / "none.json")
+
+
+def test_the_ground_truth_is_checked_before_anything_is_scored(truth, monkeypatch):
+    plans = PlanSet.complete("driven", truth.split.waypoints)
+    scores = score_planners(truth, [plans], {"uniad": PRESETS["uniad"]})["driven"]["uniad"].scores
+    assert (max(scores.l2_steps_m), max(scores.collision_steps)) == (0.0, 0.0)
+    import odvla.metrics.planning as planning
+
+    monkeypatch.setattr(planning, "l2_per_step", lambda p, d: (p - d).abs().sum(-1) + 1e-3)
+    with pytest.raises(UserError, match="the evaluation is broken, nothing was scored"):
+        score_planners(truth, [plans], {"uniad": PRESETS["uniad"]})
+    monkeypatch.undo()
+    check = GroundTruthCheck({"uniad": PRESETS["uniad"]})
+    everywhere = Traffic(raster=torch.ones(12, 6, 200, 200, dtype=torch.bool))
+    mask = truth.split.mask
+    check.add("uniad", truth.split.tokens, truth.split.waypoints, mask, everywhere)
+
+
+def test_answers_are_joined_by_sample_and_question():
+    truth = {
+        ("a", "how many?"): {"answer": 2, "template_type": "count", "num_hop": 0},
+        ("a", "moving?"): {"answer": "yes", "template_type": "exist", "num_hop": 1},
+    }
+    said = [
+        {"sample_token": "a", "question": "how many?", "answer": "2"},
+        {"sample_token": "a", "question": "how many?", "answer": "3"},
+        {"sample_token": "b", "question": "how many?", "answer": "3"},
+    ]
+    records, counts = join(Submission(__file__, "language", records=said), truth, "qa")
+    assert [(r["text"], r["reference"]) for r in records] == [("2", "2")]
+    assert (counts["n_missing"], counts["extra"], counts["doubled"]) == (1, ["b"], ["a"])
+    with pytest.raises(UserError, match="not one of its 1 answers belongs"):
+        join(Submission(__file__, "language", records=said[2:]), truth, "qa")
+
+
+def test_the_verb_scores_a_town(town_root, tmp_path, capsys):
+    data = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build()
+    truth = PlanningTruth.of(data)
+    offset = np.array([0.3, 0.4])
+    points = truth.split.waypoints.double().numpy() + offset
+    path = write_pickle(tmp_path / "plans.pkl", dict(zip(truth.split.tokens, points, strict=True)))
+    out = tmp_path / "out"
+    names = ("uniad", "stp3", "opendrivevla", "omnidrive", "sparsedrive", "vad")
+    chosen = [word for name in names for word in ("--protocol", name)]
+    command = ["score", str(path), "--data", str(town_root), *chosen, "--out", str(out)]
+    assert main(command) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["planning"]) == {*names, "opendrivevla_uniad", "opendrivevla_stp3"} - {
+        "opendrivevla"
+    }
+    frames = len(truth.split.tokens)
+    uniad = results["planning"]["uniad"]
+    shares = truth.split.mask.double().mean(0)  # masked steps count as 0
+    assert uniad["l2_3s_m"] == pytest.approx(0.5 * float(shares[5]))
+    assert uniad["n_samples"] == frames
+    assert uniad["card"] == PRESETS["uniad"].as_dict()
+    for protocol in results["planning"].values():
+        for end in ("1s", "2s", "3s", "avg"):
+            assert 0 <= protocol[f"box_collision_{end}"] <= 1
+    assert results["planning"]["vad"]["l2_avg_m"] == pytest.approx(0.5)
+    assert len(results["samples"]) == frames
+    driving = results["driving"]
+    assert driving["driven path"]["no_fault_collision"] == 1.0
+    assert driving["driven path"]["progress"] == pytest.approx(1.0)
+    assert "| plans.pkl |" in (out / "table.md").read_text()
+    assert main(["score", str(path), "--data", str(tmp_path)]) == 2
+    assert "holds none of v1.0-mini" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Bootstrap over scenes and paired tests, against closed forms and simulation."""
+
+import numpy as np
+import pytest
+
+from odvla.metrics.intervals import bootstrap, paired_test
+
+
+def scenes_of(groups, size):
+    return [f"scene-{group}" for group in range(groups) for _ in range(size)]
+
+
+def test_frames_of_a_scene_are_not_independent():
+    """Frames that repeat their scene's value carry no more than one frame does."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(5, 1, 60)
+    counted = np.ones(60 * 40, bool)
+    whole = bootstrap(np.repeat(level, 40), counted, scenes_of(60, 40))
+    expected = 1.96 * level.std() / np.sqrt(60)
+    assert whole.value == pytest.approx(level.mean())
+    assert whole.high - whole.value == pytest.approx(expected, rel=0.1)
+    naive = bootstrap(np.repeat(level, 40), counted, [str(i) for i in range(60 * 40)])
+    assert naive.high - naive.low < 0.2 * (whole.high - whole.low)
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        values = np.repeat(rng.normal(0, 1, 40), 5) + rng.normal(0, 1, 200)
+        found = bootstrap(values, np.ones(200, bool), scenes_of(40, 5))
+        hits += found.low <= 0 <= found.high
+    assert 0.88 < hits / 200 <= 1.0
+
+
+def test_samples_that_do_not_count_do_not_count():
+    values = np.array([1.0, 3.0, 99.0, 99.0])
+    counted = np.array([True, True, False, False])
+    assert bootstrap(values, counted, ["a", "a", "a", "b"]).value == 2.0
+    with pytest.raises(ValueError, match="no sample counts"):
+        bootstrap(values, np.zeros(4, bool), ["a"] * 4)
+    with pytest.raises(ValueError, match="4 values, 4 flags and 3 scenes"):
+        bootstrap(values, counted, ["a"] * 3)
+
+
+def test_a_paired_test_sees_what_an_unpaired_one_would_not():
+    rng = np.random.default_rng(2)
+    hard = np.repeat(rng.normal(5, 3, 30), 10)
+    better = hard - 0.2 + rng.normal(0, 0.1, 300)
+    found = paired_test(hard, better, np.ones(300, bool), scenes_of(30, 10))
+    assert found.difference.high < 0
+    assert found.p_value < 0.001
+    same = paired_test(hard, hard + rng.normal(0, 1, 300), np.ones(300, bool), scenes_of(30, 10))
+    assert same.p_value > 0.05
+
+
+def test_few_scenes_are_tested_exactly():
+    # All differences positive in 3 scenes: 2 of the 8 patterns of signs are as extreme.
+    found = paired_test(np.zeros(3), np.array([1.0, 2.0, 3.0]), np.ones(3, bool), ["a", "b", "c"])
+    assert found.p_value == 2 / 8
+    nothing = paired_test(np.zeros(3), np.zeros(3), np.ones(3, bool), ["a", "b", "c"])
+    assert nothing.p_value == 1.0
