@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +91,16 @@ def agreed(value: _T) -> _T:
     values: list[Any] = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@cache
+def announce_ops(device: torch.device) -> None:
+    """Say once in a process which implementation of the deformable ops runs.
+
+    Raises:
+        UserError: the chosen one is not usable on the device.
+    """
+    log.info(describe_backend(device))
 
 
 class StageRun:
@@ -172,8 +182,8 @@ class StageRun:
             val_check_interval=self.settings.val_every * self.settings.accumulate or None,
             limit_val_batches=None if self.settings.val_every else 0,
         )
-        ops = describe_backend(trainer.strategy.root_device)
-        log.info("stage %s: %d steps, %s", self.stage, module.total_steps, ops)
+        announce_ops(trainer.strategy.root_device)
+        log.info("stage %s: %d steps", self.stage, module.total_steps)
         try:
             trainer.fit(module, data, ckpt_path=self.folder / LAST if resume else None)
             if sharded:

@@ -27,7 +27,7 @@ COMPILED: dict[str, Any] = {"mmcv": compiled.MMCVOps, "deformops": compiled.Defo
 VARIABLE = "ODVLA_OPS"
 # Numbers read of one row and map (samples x channels) from which bags are faster on a CPU, without
 # and with a backward pass.
-WORTH_BAGS = {False: 1 << 18, True: 1 << 19}
+WORTH_BAGS = {False: 1 << 18, True: 1 << 20}
 
 _chosen: str | None = None
 

@@ -134,6 +134,8 @@ def _table_gradient(
 def _two_at_least(value: Tensor) -> Tensor:
     """A map [..., h, w] with a border of zeros where it has one row or column only."""
     height, width = value.shape[-2:]
+    if min(height, width) > 1:
+        return value  # a padding of nothing would copy
     return F.pad(value, (0, int(width == 1), 0, int(height == 1)))
 
 
@@ -280,8 +282,8 @@ def convolution(x: Tensor, y_at: Tensor, x_at: Tensor, mask: Tensor, weight: Ten
 
 
 def _kernel(weight: Tensor) -> Tensor:
-    """[K * C, O]."""
-    return weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
+    """[O, K * C]; no copy where channels stand together."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
 class _Convolution(torch.autograd.Function):
@@ -301,7 +303,7 @@ class _Convolution(torch.autograd.Function):
             for start in range(0, places, piece):
                 at = (row, slice(start, start + piece))
                 columns, _, _ = _columns(table, y_at[at], x_at[at], mask[at], size)
-                torch.mm(columns.view(-1, len(kernel)), kernel, out=out[at])
+                torch.mm(columns.view(-1, kernel.shape[1]), kernel.T, out=out[at])
         return out
 
     @staticmethod
@@ -318,9 +320,9 @@ class _Convolution(torch.autograd.Function):
             columns, corners, rows = _columns(
                 table, y_at[row], x_at[row], mask[row], (height, width)
             )
-            to_kernel.addmm_(columns.view(-1, len(kernel)).T, grad[row])
+            to_kernel.addmm_(grad[row].T, columns.view(-1, kernel.shape[1]))
             del columns
-            read = (grad[row] @ kernel.T).view(-1, table.shape[1])  # S * K, C
+            read = (grad[row] @ kernel).view(-1, table.shape[1])  # S * K, C
             x0, x1, y0, y1 = corners.shares()
             shares = _products(x0, x1, y0, y1) * share.unsqueeze(-1)
             given = _weights_gradient(table, rows, shares, read).view(shares.shape)
@@ -335,8 +337,8 @@ class _Convolution(torch.autograd.Function):
             to_table = _table_gradient(corners, shares.view(-1, 4, 1), read, len(table), 1)
             maps = to_table.view(height, width, -1).permute(2, 0, 1)
             to_x[row] = maps[:, : x.shape[2], : x.shape[3]]
-        rows_of_kernel = to_kernel.view(*weight.shape[2:], weight.shape[1], len(weight))
-        return to_x, to_y_at, to_x_at, to_mask, rows_of_kernel.permute(3, 2, 0, 1)
+        to_weight = to_kernel.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+        return to_x, to_y_at, to_x_at, to_mask, to_weight
 
 
 def _columns(

@@ -239,7 +239,7 @@ def test_auto_takes_bags_where_much_is_read():
     assert backends.backend_for(x, numbers=1 << 18) is bags
     assert backends.backend_for(x, numbers=(1 << 18) - 1) is grid_sampling
     assert backends.backend_for(x, trained, numbers=1 << 18) is grid_sampling
-    assert backends.backend_for(x, trained, numbers=1 << 19) is bags
+    assert backends.backend_for(x, trained, numbers=1 << 20) is bags
     with torch.no_grad():
         assert backends.backend_for(trained, numbers=1 << 18) is bags
 
