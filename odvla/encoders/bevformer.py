@@ -530,7 +530,9 @@ def pillar_points(config: BEVFormerConfig) -> Tensor:
     x0, y0, z0, x1, y1, z1 = config.range_m
     fractions = cell_fractions(config)
     xy = fractions * torch.tensor([x1 - x0, y1 - y0]) + torch.tensor([x0, y0])
-    z = torch.linspace(0.5, z1 - z0 - 0.5, config.heights) + z0
+    # Not torch.linspace: once transformers has made a model, that ignores torch.device("meta").
+    step = (z1 - z0 - 1) / max(config.heights - 1, 1)
+    z = torch.arange(config.heights) * step + (z0 + 0.5)
     return torch.cat(
         [
             xy.unsqueeze(1).expand(-1, config.heights, -1),
