@@ -152,7 +152,7 @@ def score_planners(
         for name, card in protocols.items()
     }
     metrics = {
-        (planner.name, name): PlanningMetric(_told(card, planner))
+        (planner.name, name): PlanningMetric(_told(card, planner), sync_on_compute=False)
         for planner in planners
         for name, card in protocols.items()
     }

@@ -181,7 +181,10 @@ class GroundTruthCheck:
     """
 
     def __init__(self, cards: Mapping[str, ProtocolCard]) -> None:
-        self.metrics = {name: PlanningMetric(card) for name, card in cards.items()}
+        # The first process alone evaluates, also where others live: nothing is to be gathered.
+        self.metrics = {
+            name: PlanningMetric(card, sync_on_compute=False) for name, card in cards.items()
+        }
 
     def add(
         self, name: str, tokens: Sequence[str], driven: Tensor, mask: Tensor, traffic: Traffic
@@ -191,7 +194,7 @@ class GroundTruthCheck:
         Raises:
             UserError: the L2 is not 0, or a collision was counted on the driven path.
         """
-        one = PlanningMetric(self.metrics[name].card)
+        one = PlanningMetric(self.metrics[name].card, sync_on_compute=False)
         # The plans are a copy: nothing of the metric can compare a thing with itself.
         one.update(tokens, driven.clone(), driven, mask, traffic)
         found = one.samples()

@@ -64,13 +64,15 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
 def test_two_processes_that_share_a_model_hand_over_a_whole_one(town_root, tmp_path):
     places = ("--data", str(town_root), "--runs", str(tmp_path))
     shared = ("trainer.devices=2", "trainer.strategy=fsdp2")
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "lightning_app.py", "fit", "smoke", *SHORT, *shared, *places],
         cwd=ROOT,
-        check=True,
+        check=False,
         capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "smoke" / "planning"
     config = apply_overrides(find_experiment("smoke"), SHORT)
     first = build_model(config, ChatTokenizer.load(folder / "tokenizer"))
