@@ -15,7 +15,7 @@ def stages_table() -> Sweep:
 
 
 def inputs_table() -> Sweep:
-    """The paper's Table IV: planning without ego state or command."""
+    """The paper's Table IV: trained without ego state, history, vision or command."""
     return Sweep(
         "inputs_table",
         tiny,
@@ -25,7 +25,29 @@ def inputs_table() -> Sweep:
                 {
                     "all": (),
                     "no ego state": without_ego_state,
+                    "no history": ("model.ego_token_history=false",),
+                    "no vision": ("model.hidden_streams=[scene,track,map]",),
                     "no command": ("dialect.without=[command]",),
+                },
+            ),
+        ),
+        seeds=(0, 1, 2),
+    )
+
+
+def streams_table() -> Sweep:
+    """Which tokens planning needs: each stream alone, beside all of them."""
+    return Sweep(
+        "streams_table",
+        tiny,
+        (
+            Axis(
+                "tokens",
+                {
+                    "scene, agent, map": (),
+                    "scene": ("model.hidden_streams=[track,map]",),
+                    "agent": ("model.hidden_streams=[scene,map]",),
+                    "map": ("model.hidden_streams=[scene,track]",),
                 },
             ),
         ),

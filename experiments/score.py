@@ -75,6 +75,10 @@ def score(request: ScoreRequest) -> Found:
         from experiments.score_language import score_language
 
         return score_language(request, submission)
+    if submission.kind == "object_captions":
+        from experiments.score_object_captions import score_captioned_objects
+
+        return score_captioned_objects(request, submission)
     from experiments.score_boxes import score_boxes
 
     return score_boxes(request, submission)

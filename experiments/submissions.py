@@ -6,7 +6,9 @@
 | plan_conv.json | OpenDriveVLA's: JSON lines of {"id": "<token>_trajectory", "answer": [text]} |
 | .pkl | GPT-Driver's plans: a pickled dict, sample token -> 6 x 2 numbers |
 | .json with "meta" and "results" | a nuScenes detection or tracking submission |
+| the same with a "caption" in every box | captions of objects |
 | .json, other | NuScenes-QA answers or captions: a list, or an object by sample token |
+| ... of records with sample_token, size and caption | captions of objects |
 
 Nothing is dropped silently: what does not belong, is there twice or cannot be used is counted.
 """
@@ -24,7 +26,7 @@ import numpy as np
 from datamodules.gpt_driver import load_arrays
 from odvla.errors import UserError
 
-Kind = Literal["plans", "language", "detection", "tracking"]
+Kind = Literal["plans", "language", "detection", "tracking", "object_captions"]
 Record = dict[str, Any]
 TRAJECTORY = "_trajectory"
 SHOWN = 3  # tokens that a sentence names
@@ -39,7 +41,7 @@ class Submission:
     # Plans: token -> points as given (any shape) or a text. The first where a token comes twice.
     plans: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)  # language
-    results: dict[str, Any] = field(default_factory=dict)  # detection, tracking: token -> boxes
+    results: dict[str, Any] = field(default_factory=dict)  # of boxes: token -> boxes
     doubled: tuple[str, ...] = ()  # tokens that come more than once
     conflicting: tuple[str, ...] = ()  # of these, those whose plans differ
 
@@ -123,6 +125,11 @@ def _from_nuscenes(path: Path, results: Any) -> Submission:
     if not isinstance(results, dict) or not results:
         raise UserError(f"{path} is empty: its 'results' hold no sample")
     boxes = [box for found in results.values() for box in found]
+    captioned = [isinstance(box, dict) and "caption" in box for box in boxes]
+    if any(captioned):
+        if not all(captioned):
+            raise UserError(f"{path}: some boxes have a caption and some have none")
+        return Submission(path, "object_captions", results=results)
     tracked = [isinstance(box, dict) and "tracking_id" in box for box in boxes]
     if any(tracked) and not all(tracked):
         raise UserError(f"{path}: some boxes have a tracking_id and some have none")
@@ -135,6 +142,11 @@ def _from_records(path: Path, records: Any) -> Submission:
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(f"record {number} of {path} is no JSON object")
+    if all({"sample_token", "size", "caption"} <= set(record) for record in records):
+        boxes: dict[str, list[Record]] = {}
+        for record in records:
+            boxes.setdefault(str(record["sample_token"]), []).append(record)
+        return Submission(path, "object_captions", results=boxes)
     plans = [record for record in records if _is_plan(record)]
     if not plans:
         return Submission(path, "language", records=records)

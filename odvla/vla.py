@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 from zlib import crc32
 
 import torch
@@ -42,6 +42,7 @@ from odvla.types import (
     Frames,
     MapPredictions,
     SceneFeatures,
+    Stream,
     Talk,
     TensorFields,
     TokenSet,
@@ -50,6 +51,7 @@ from odvla.types import (
 # What EgoState.motion is divided by, so that all is of the order of 1 in town driving: velocity,
 # yaw rate, acceleration (metres a step), CAN acceleration, heading speed, steering, history.
 EGO_SCALES = (5.0, 5.0, 0.3, 0.5, 0.5, 2.0, 2.0, 5.0, 0.3, *([5.0] * 8))
+EGO_NOW = 9  # so many of them are of now, the rest is the history
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,28 @@ class VLAConfig:
     # language model that nobody has pre-trained takes long to learn what digits mean. Not in the
     # paper.
     ego_token: bool = False
+    # Whether the ego token holds the past 2 s, beside the state of now.
+    ego_token_history: bool = True
+    # Streams that the language model is not shown, of "scene", "track" and "map", for ablations: as
+    # on a road where nothing was found. The one token of an object that is asked about stays.
+    hidden_streams: tuple[str, ...] = ()
     # A conversation longer than this many places, or than the language model's context (0), is
     # refused; cut: its end is lost instead, as in the released code.
     max_length: int = 0
     cut_to_length: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the names of streams.
+
+        Raises:
+            UserError: naming the unknown one.
+        """
+        for stream in self.hidden_streams:
+            if stream not in get_args(Stream):
+                raise UserError(
+                    f"model.hidden_streams must be some of {', '.join(get_args(Stream))}, "
+                    f"not {stream!r}"
+                )
 
     def build(self, tokenizer: ChatTokenizer) -> DrivingVLA:
         """The model, for texts of this tokenizer.
@@ -417,11 +437,13 @@ class DrivingVLA(nn.Module):
         """Embed the conversations `rows` of a talk, slots filled."""
         talk = _rows_of(talk, rows)
         streams = {
-            stream: (self.projectors[stream](tokens.feats), tokens.mask)
+            stream: (self.projectors[stream](tokens.feats), self._shown(stream, tokens.mask))
             for stream, tokens in (perception.tokens.items() if perception else ())
         }
         if self.config.ego_token and batch.ego is not None:
             state = batch.ego.motion / self.ego_scales
+            if not self.config.ego_token_history:
+                state = state * (torch.arange(len(EGO_SCALES), device=state.device) < EGO_NOW)
             here = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
             streams["ego"] = (self.projectors["ego"](state[:, None]), here)
         text = self.language.embed(talk.input_ids.clamp(min=0))
@@ -442,6 +464,10 @@ class DrivingVLA(nn.Module):
                 f"tokens, more than {whose} {limit} positions"
             )
         return spliced
+
+    def _shown(self, stream: str, mask: Tensor) -> Tensor:
+        """Which of a stream's tokens the language model is shown."""
+        return torch.zeros_like(mask) if stream in self.config.hidden_streams else mask
 
 
 def _guesses(drafting: Drafting | None) -> bool:

@@ -23,7 +23,7 @@ def add(verbs: Verbs) -> None:
         "predictions",
         type=Path,
         help="JSON lines of ours, plan_conv.json, a GPT-Driver pickle, a nuScenes detection or "
-        "tracking submission, NuScenes-QA answers, or captions",
+        "tracking submission, NuScenes-QA answers, captions, or captions of boxes",
     )
     score.add_argument("--data", type=Path, required=True, metavar="ROOT", help="nuScenes root")
     score.add_argument("--version", default="", help="e.g. v1.0-mini (default: the one there is)")

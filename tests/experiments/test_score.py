@@ -12,6 +12,7 @@ from experiments.cli import main
 from experiments.plan_submission import FRAMES, plan_set
 from experiments.planning_scores import PlanSet, score_planners
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
+from experiments.score import ScoreRequest, score
 from experiments.score_language import join
 from experiments.submissions import Submission, read_submission
 from odvla.errors import UserError
@@ -237,6 +238,48 @@ def test_answers_are_joined_by_sample_and_question():
     assert (counts["n_missing"], counts["extra"], counts["doubled"]) == (1, ["b"], ["a"])
     with pytest.raises(UserError, match="not one of its 1 answers belongs"):
         join(Submission(__file__, "language", records=said[2:]), truth, "qa")
+
+
+def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_root, tmp_path):
+    """The annotations described as they are score 100; half of them misdescribed, half."""
+    data = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build()
+    index = data.index
+    captions = json.loads((town_root / "language" / "final_caption_bbox_token.json").read_text())
+    boxes = {}
+    for token, record in captions.items():
+        row = index.annotation_rows[token]
+        frame = index.frames[int(index.annotations.frame[row])]
+        if index.scenes[frame.scene].split == "val":
+            size = index.annotations.size[row].tolist()
+            box = {"size": size, "caption": record["final_caption"]}
+            boxes.setdefault(frame.token, []).append(box)
+    one_a_frame = {token: found[:1] for token, found in boxes.items()}
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"meta": {}, "results": one_a_frame}))
+    found = score(ScoreRequest(path, town_root)).report.numbers
+    best = found["object_captions"]["0.5"]
+    assert best["kept"] == best["predictions"] == len(boxes)
+    assert best["scores"]["BLEU-4"] == pytest.approx(100, abs=1e-3)
+    assert found["counts"]["n_missing"] == 0
+
+    tokens = sorted(one_a_frame)
+    huge = [
+        {"sample_token": token, "size": [90.0, 90.0, 90.0], "caption": "a house"}
+        for token in tokens
+    ]
+    plain = [
+        {"sample_token": token, **box} for token, found in one_a_frame.items() for box in found
+    ]
+    path.write_text(json.dumps(plain + huge + [{**huge[0], "sample_token": "nowhere"}]))
+    found = score(ScoreRequest(path, town_root)).report.numbers
+    half = found["object_captions"]["0.5"]
+    assert half["kept"] == half["predictions"] / 2 == len(tokens)
+    assert half["scores"]["BLEU-4"] == pytest.approx(50, abs=1e-3)
+    assert found["counts"]["extra"] == ["nowhere"]
+
+    path.write_text(json.dumps([{**plain[0], "size": [1.0, 2.0]}]))
+    with pytest.raises(UserError, match=r"box 0: size must be width, length and height"):
+        score(ScoreRequest(path, town_root))
 
 
 def test_the_verb_scores_a_town(town_root, tmp_path, capsys):

@@ -262,6 +262,46 @@ def test_the_ego_token_tells_motion_and_never_the_command():
     assert "ego" not in model_without.projectors
 
 
+def test_the_ego_token_can_forget_the_past():
+    model = replace(build().config, ego_token=True, ego_token_history=False).build(TOKENIZER)
+    batch = batch_of(("plan",))
+    seen = []
+    model.language.register_forward_pre_hook(lambda _, args: seen.append(args[0].embeds))
+    ego, talk = batch.ego, batch.talk
+    for other in (
+        ego,
+        replace(ego, history=ego.history + 1),
+        replace(ego, steering=ego.steering + 1),
+    ):
+        model(replace(batch, ego=other, talk=talk))
+    plain, past, steered = seen
+    assert plain.equal(past)
+    assert not plain.equal(steered)
+
+
+@pytest.mark.parametrize("hidden", [("scene",), ("track",), ("scene", "track", "map")])
+def test_hidden_streams_are_as_if_nothing_had_been_found(hidden):
+    whole = build()
+    config = replace(whole.config, hidden_streams=hidden)
+    model = config.build(TOKENIZER)
+    model.load_state_dict(whole.state_dict())
+    batch = batch_of(("plan",))
+    perception, _ = whole.perceive(batch.clip)
+    empty = {
+        stream: replace(tokens, mask=tokens.mask & (stream not in hidden))
+        for stream, tokens in perception.tokens.items()
+    }
+    expected = whole(batch, seen=replace(perception, tokens=empty))
+    found = model(batch, seen=perception)
+    assert found.logits.equal(expected.logits)
+    assert not found.logits.equal(whole(batch, seen=perception).logits)
+
+
+def test_a_hidden_stream_must_be_one():
+    with pytest.raises(UserError, match="hidden_streams must be some of scene, track, map"):
+        replace(build().config, hidden_streams=("agent",))
+
+
 def test_too_long_a_conversation_is_named():
     short = replace(LANGUAGE, max_positions=64)
     config = VLAConfig(MeanEncoderConfig(), (CameraQueriesConfig(),), language=short)

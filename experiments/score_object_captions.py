@@ -1,0 +1,127 @@
+"""Score captions of detected objects as TOD3Cap does: m@kIoU.
+
+TOD3Cap publishes no format of its predictions. Read are: a nuScenes detection submission whose
+boxes carry a `caption`, and records of sample_token, size (width, length, height in metres, as
+nuScenes has it) and caption.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.tod3cap import TOD3CapConfig, read_tod3cap
+from experiments.report import Report, ResultTable
+from experiments.submissions import Submission, named
+from odvla.errors import UserError
+from odvla.metrics.object_captions import THRESHOLDS, ObjectCaption, score_object_captions
+
+if TYPE_CHECKING:
+    from datamodules.nuscenes import NuScenesDataModule
+    from experiments.score import Found, ScoreRequest
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+
+
+def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Found:
+    """Captions of boxes against the captions of the annotated boxes of the split.
+
+    Raises:
+        UserError: a box is malformed, no sample belongs to the split, or the captions are missing.
+    """
+    from experiments.score import Found, open_data
+
+    data = open_data(request.data, request.version)
+    path = request.references or Path(request.data) / "language" / TOD3CapConfig().caption_file
+    annotated, wanted = _annotated(data, path, request.split)
+    predicted, extra = [], []
+    for token, boxes in submission.results.items():
+        if token not in wanted:
+            extra.append(token)
+            continue
+        predicted += [_object(box, token, k, submission.path) for k, box in enumerate(boxes)]
+    if not predicted:
+        raise UserError(
+            f"{submission.path}: none of its {len(submission.results)} samples is a key-frame of "
+            f"the {request.split} split of {request.data} with captioned boxes, e.g. "
+            f"{named(submission.results)}"
+        )
+    missing = sorted(wanted - set(submission.results))
+    found = {k: score_object_captions(predicted, annotated, k) for k in THRESHOLDS}
+    table = ResultTable(
+        title="object captions",
+        columns=(*METRICS, "kept", "of"),
+        rows=tuple(
+            (
+                f"@{threshold}",
+                (*(scores.scores[name] for name in METRICS), str(scores.kept), str(scores.total)),
+            )
+            for threshold, scores in found.items()
+        ),
+        note=f"TOD3Cap's m@kIoU, x 100: IoU of sizes, scores times kept / all of {len(predicted)} "
+        "predictions; objects that nobody described cost nothing.",
+        digits=1,
+    )
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of {len(wanted)} key-frames have no box: {named(missing)}")
+    if extra:
+        said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
+    numbers: dict[str, Any] = {
+        "predictions": str(submission.path),
+        "data": str(request.data),
+        "version": data.config.version,
+        "split": request.split,
+        "object_captions": {
+            str(threshold): {
+                "kept": scores.kept,
+                "predictions": scores.total,
+                "scores": dict(scores.scores),
+            }
+            for threshold, scores in found.items()
+        },
+        "counts": {
+            "in_file": len(submission.results),
+            "in_split": len(wanted),
+            "used": len(submission.results) - len(extra),
+            "n_missing": len(missing),
+            "n_extra": len(extra),
+            "missing": missing,
+            "extra": extra,
+        },
+    }
+    title = request.name or submission.path.name
+    return Found(Report(title, (table,), numbers), tuple(said))
+
+
+def _annotated(
+    data: NuScenesDataModule, path: Path, split: str
+) -> tuple[list[ObjectCaption], set[str]]:
+    """Captioned boxes of the split, and the tokens of the key-frames that have any."""
+    index = data.index
+    boxes = []
+    for number, captions in read_tod3cap(path, index).items():
+        frame = index.frames[number]
+        if index.scenes[frame.scene].split != split:
+            continue
+        for row, caption in captions:
+            width, length, height = index.annotations.size[row].tolist()
+            boxes.append(ObjectCaption(frame.token, (width, length, height), caption))
+    if not boxes:
+        raise UserError(f"{path} holds no caption of the {split} split of {data.config.root}")
+    return boxes, {box.sample_token for box in boxes}
+
+
+def _object(box: Any, token: str, number: int, path: Path) -> ObjectCaption:
+    where = f"{path}, sample {token}, box {number}"
+    if not isinstance(box, dict) or not isinstance(box.get("caption"), str):
+        raise UserError(f"{where}: field 'caption' must be a text")
+    size = box.get("size")
+    if not (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(isinstance(value, int | float) and value > 0 for value in size)
+    ):
+        raise UserError(f"{where}: size must be width, length and height in metres, all above 0")
+    width, length, height = map(float, size)
+    return ObjectCaption(token, (width, length, height), box["caption"])
