@@ -11,9 +11,10 @@ import torch
 
 from datamodules.ego_state import can_bus_vector
 from datamodules.image_geometry import Image, ImageGeometry
+from datamodules.lidar import no_points, one_row, read_sweep
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
-from odvla.types import CAMERAS, Cameras, Frames
+from odvla.types import CAMERAS, Cameras, Frames, LidarPoints
 
 log = logging.getLogger(__name__)
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -122,6 +123,7 @@ class FrameLoader:
         cache_limit_gb: decoded images are kept in memory up to this many gigabytes a process;
             0 keeps none.
         broken_images: how many images may be missing or broken before the run stops.
+        lidar: read LIDAR_TOP's sweep of the key-frame, too.
     """
 
     def __init__(
@@ -130,8 +132,11 @@ class FrameLoader:
         geometry: ImageGeometry | tuple[int, int],
         cache_limit_gb: float = 0.0,
         broken_images: int = 0,
+        *,
+        lidar: bool = False,
     ) -> None:
         self.index = index
+        self.lidar = lidar
         self.geometry = geometry if isinstance(geometry, ImageGeometry) else ImageGeometry(geometry)
         self.broken = BrokenImages(broken_images)
         frame_bytes = 3 * len(CAMERAS) * self.geometry.size[0] * self.geometry.size[1]
@@ -180,6 +185,9 @@ class FrameLoader:
             scene_start: temporal state must be forgotten before this frame; the motion in can_bus
                 is zero then.
             blank: black images, nothing is read (rows that only fill up a batch).
+
+        Raises:
+            UserError: an image or the sweep cannot be read.
         """
         width, height = self.geometry.size
         if blank:
@@ -194,7 +202,14 @@ class FrameLoader:
             can_bus=torch.from_numpy(can_bus_vector(self.index, frame, scene_start))[None],
             scene_start=torch.tensor([scene_start]),
             sample_tokens=(frame.token,),
+            lidar=self.sweep(frame, blank=blank) if self.lidar else None,
         )
+
+    def sweep(self, frame: FrameRecord, *, blank: bool = False) -> LidarPoints:
+        """The lidar's sweep at t0; see `load`."""
+        if blank:
+            return no_points()
+        return one_row(read_sweep(self.index.root / frame.lidar_file))
 
     def cameras(self, frame: FrameRecord) -> Cameras:
         """Calibration of the images as the model gets them, each at its own exposure time."""

@@ -59,6 +59,7 @@ class NuScenesDataConfig:
     # So many images may be missing or broken before the run stops. Each is named, and its key-frame
     # becomes a row that does not count (never another key-frame).
     broken_images: int = 0
+    lidar: bool = False  # read the key-frames' lidar sweeps, too; set for encoders that need them
     clip_length: int = 1  # key-frames of a training clip, "now" included
     batch_size: int = 8
     eval_batch_size: int = 8  # scenes streamed side by side
@@ -228,7 +229,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         """Reads images; shared by all loaders of this module, and so is its memory of images."""
         limit_gb = self.config.cache_limit_gb if self.config.cache_images else 0.0
         geometry, budget = self.config.image_geometry, self.config.broken_images
-        return FrameLoader(self.index, geometry, limit_gb, budget)
+        return FrameLoader(self.index, geometry, limit_gb, budget, lidar=self.config.lidar)
 
     def setup(self, stage: str) -> None:
         """Read the tables and the conversations of the splits a stage needs."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.agents import boxes_in_lidar, rows_of
+from datamodules.lidar import read_sweep
 from datamodules.nuscenes import NuScenesDataModule
 from datamodules.records import Index
 from experiments.pictures import (
@@ -33,7 +34,6 @@ from experiments.pictures import (
     project,
     put_text,
 )
-from odvla.errors import UserError
 from odvla.types import BevGrid
 
 # Left to right as one sees them; the lower row looks back, so the car's right is on the left.
@@ -125,12 +125,7 @@ def lidar_points(index: Index, file: str) -> FloatArray | None:
         UserError: the file is not a whole number of points.
     """
     path = Path(index.root / file)
-    if not path.is_file():
-        return None
-    values = np.fromfile(path, dtype=np.float32)
-    if len(values) % 5:
-        raise UserError(f"lidar sweep {path} is cut short: {len(values)} values, five a point")
-    return values.reshape(-1, 5)[:, :3]
+    return read_sweep(path)[:, :3] if path.is_file() else None
 
 
 def draw_sample(view: SampleView, title: str) -> Image:

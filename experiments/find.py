@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 # Modules whose public functions that return an ExperimentConfig, or a Sweep, are listed.
-MODULES = ("experiments.tiny", "experiments.uniad_town", "experiments.opendrivevla")
+MODULES = (
+    "experiments.tiny",
+    "experiments.styles",
+    "experiments.uniad_town",
+    "experiments.opendrivevla",
+)
 SWEEP_MODULES = ("experiments.ablations",)
 
 

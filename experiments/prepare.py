@@ -115,6 +115,8 @@ def data_module(
     """A stage's data module."""
     encoder_grid = getattr(config.model.encoder, "grid", None)
     own = config.data.of_stage(stage, config.seed, encoder_grid)
+    if getattr(config.model.encoder, "needs_lidar", False):
+        own = replace(own, lidar=True)
     if stage == "perception":
         return own.build(tokenizer)
     return own.build(tokenizer, config.dialect)

@@ -216,7 +216,7 @@ class DrivingVLA(nn.Module):
         Args:
             clip: T frames of B scenes, at least one.
             state: what the previous call returned; None at the start.
-            blind: show black images, to measure what vision is worth.
+            blind: show black images (and no lidar points), to measure what vision is worth.
             teaching: let the ground truth decide which tracks live, as in training.
         """
         return self._perceive(clip, state, blind=blind, teaching=teaching)
@@ -230,7 +230,7 @@ class DrivingVLA(nn.Module):
         teaching: Teaching | None = None,
     ) -> tuple[Perception, VLAState]:
         if blind:
-            clip = tuple(replace(f, images=torch.zeros_like(f.images)) for f in clip)
+            clip = tuple(_unseen(frames) for frames in clip)
         past = state.encoder if state else None
         query_states = dict(state.queries) if state else {}
         agent_steps: list[AgentPredictions] = []
@@ -468,6 +468,14 @@ class DrivingVLA(nn.Module):
     def _shown(self, stream: str, mask: Tensor) -> Tensor:
         """Which of a stream's tokens the language model is shown."""
         return torch.zeros_like(mask) if stream in self.config.hidden_streams else mask
+
+
+def _unseen(frames: Frames) -> Frames:
+    """Black images, and a lidar to which nothing came back."""
+    lidar = frames.lidar
+    if lidar is not None:
+        lidar = replace(lidar, mask=torch.zeros_like(lidar.mask))
+    return replace(frames, images=torch.zeros_like(frames.images), lidar=lidar)
 
 
 def _guesses(drafting: Drafting | None) -> bool:

@@ -1,0 +1,67 @@
+"""Other systems' ideas as experiments: each trains and plans, a few steps on a small town."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from datamodules.lidar import read_sweep
+from datamodules.nuscenes import NuScenesDataConfig
+from experiments.pipeline import open_pipeline
+from experiments.styles import emma_style, lidar_llm_style, lift_splat
+from odvla.errors import UserError
+from odvla.language.causal_lm import LanguageConfig
+
+
+@pytest.mark.parametrize("experiment", [emma_style, lidar_llm_style, lift_splat])
+def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
+    base = experiment()
+    small = LanguageConfig(hidden=32, layers=1, heads=2, kv_heads=1, intermediate=64)
+    run = (base.run[0], "planning")
+    stages = {name: replace(base.stages.of(name), steps=2, checkpoint_every=2) for name in run}
+    config = replace(
+        base,
+        town=None,
+        run=run,
+        pictures=1,
+        model=replace(base.model, language=small),
+        data=replace(
+            base.data,
+            root=str(town_root),
+            image_size=(64, 36),
+            train_scenes=1,
+            planning=replace(base.data.planning, batch_size=4),
+        ),
+        stages=replace(base.stages, **stages),
+    )
+    pipeline = open_pipeline(config, tmp_path, progress=False)
+    pipeline.fit()
+    pipeline.report(Console(quiet=True))
+    assert pipeline.finished() == list(run)
+    text = (tmp_path / config.name / "table.md").read_text()
+    assert "OpenDriveVLA, vision zeroed" in text
+
+
+def test_sweeps_come_with_the_frames_where_an_encoder_asks(town_root):
+    settings = {"root": str(town_root), "version": "v1.0-trainval", "batch_size": 2}
+    data = NuScenesDataConfig(**settings, lidar=True).build()
+    data.setup("fit")
+    frames = next(iter(data.train_dataloader())).clip[-1]
+    token = frames.sample_tokens[0]
+    frame = next(f for f in data.index.frames if f.token == token)
+    points = torch.from_numpy(read_sweep(town_root / frame.lidar_file).copy())
+    assert frames.lidar.points[0][frames.lidar.mask[0]].equal(points)
+    # Most of what a level lidar sees is the road, a little under 2 m below it.
+    assert points[:, 2].median() == pytest.approx(-1.84, abs=0.4)
+    plain = NuScenesDataConfig(**settings).build()
+    plain.setup("fit")
+    assert next(iter(plain.train_dataloader())).clip[-1].lidar is None
+
+
+def test_broken_sweeps_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.bin cannot be read: No such file"):
+        read_sweep(tmp_path / "none.bin")
+    (tmp_path / "short.bin").write_bytes(b"\0" * 33)
+    with pytest.raises(UserError, match=r"short\.bin is cut short: 33 bytes, 20 a point"):
+        read_sweep(tmp_path / "short.bin")
