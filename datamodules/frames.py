@@ -172,7 +172,14 @@ class FrameLoader:
             self._cache[frame.number] = stack
         return stack
 
-    def load(self, frame: FrameRecord, *, scene_start: bool, blank: bool = False) -> Frames:
+    def load(
+        self,
+        frame: FrameRecord,
+        *,
+        scene_start: bool,
+        blank: bool = False,
+        unseen: bool = False,
+    ) -> Frames:
         """One key-frame as a batch of one row.
 
         Args:
@@ -180,9 +187,12 @@ class FrameLoader:
             scene_start: temporal state must be forgotten before this frame; the motion in can_bus
                 is zero then.
             blank: black images, nothing is read (rows that only fill up a batch).
+            unseen: images of one pixel, which an encoder refuses: nobody is to look at them.
         """
         width, height = self.geometry.size
-        if blank:
+        if unseen:
+            images = np.zeros((len(CAMERAS), 3, 1, 1), np.uint8)
+        elif blank:
             images = np.zeros((len(CAMERAS), 3, height, width), np.uint8)
         else:
             images = self.images(frame)
