@@ -280,7 +280,9 @@ class NuScenesDataModule(lightning.LightningDataModule):
         settings["dataset"].unseen = self.unseen
         return ResumableLoader(batch_sampler=batches, **settings)
 
-    def train_clips(self, known: Container[int] = (), *, batches: slice | None = None) -> DataLoader:
+    def train_clips(
+        self, known: Container[int] = (), *, batches: slice | None = None
+    ) -> DataLoader:
         """Every clip that training may draw, in order, without conversations.
 
         Args:

@@ -19,10 +19,10 @@ VISION = ("encoder.", "queries.")  # parameters of the vision half
 class Rows(Protocol):
     """Tokens of one row by stream, by sample token: a dict, or files (see TokenShards)."""
 
-    def __len__(self) -> int: ...  # noqa: D105
-    def __contains__(self, token: object, /) -> bool: ...  # noqa: D105
-    def __getitem__(self, token: str, /) -> dict[str, TokenSet]: ...  # noqa: D105
-    def __setitem__(self, token: str, row: dict[str, TokenSet], /) -> None: ...  # noqa: D105
+    def __len__(self) -> int: ...
+    def __contains__(self, token: object, /) -> bool: ...
+    def __getitem__(self, token: str, /) -> dict[str, TokenSet]: ...
+    def __setitem__(self, token: str, row: dict[str, TokenSet], /) -> None: ...
 
 
 class TokenMemory:

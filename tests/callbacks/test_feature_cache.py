@@ -41,7 +41,9 @@ def tokenizer(config):
 
 
 def settings(folder, past, **changed):
-    return CacheSettings(**{"root": folder, "stage": "s", "past": past, "fingerprint": "town"} | changed)
+    return CacheSettings(
+        **{"root": folder, "stage": "s", "past": past, "fingerprint": "town"} | changed
+    )
 
 
 def changed(config, **settings):
@@ -50,6 +52,8 @@ def changed(config, **settings):
 
 
 class Losses(Callback):
+    """Writes down every step's loss."""
+
     def __init__(self):
         self.values = []
 
@@ -114,7 +118,7 @@ def opened(config, tokenizer, folder, past="scene", seed=0):
 
 
 class Killed(Exception):
-    pass
+    """Stands for the end of a process."""
 
 
 @pytest.mark.parametrize("past", ["clip", "scene"])
