@@ -177,7 +177,14 @@ class FrameLoader:
             self._cache[frame.number] = stack
         return stack
 
-    def load(self, frame: FrameRecord, *, scene_start: bool, blank: bool = False) -> Frames:
+    def load(
+        self,
+        frame: FrameRecord,
+        *,
+        scene_start: bool,
+        blank: bool = False,
+        unseen: bool = False,
+    ) -> Frames:
         """One key-frame as a batch of one row.
 
         Args:
@@ -185,12 +192,15 @@ class FrameLoader:
             scene_start: temporal state must be forgotten before this frame; the motion in can_bus
                 is zero then.
             blank: black images, nothing is read (rows that only fill up a batch).
+            unseen: images of one pixel, which an encoder refuses: nobody is to look at them.
 
         Raises:
             UserError: an image or the sweep cannot be read.
         """
         width, height = self.geometry.size
-        if blank:
+        if unseen:
+            images = np.zeros((len(CAMERAS), 3, 1, 1), np.uint8)
+        elif blank:
             images = np.zeros((len(CAMERAS), 3, height, width), np.uint8)
         else:
             images = self.images(frame)
@@ -202,7 +212,7 @@ class FrameLoader:
             can_bus=torch.from_numpy(can_bus_vector(self.index, frame, scene_start))[None],
             scene_start=torch.tensor([scene_start]),
             sample_tokens=(frame.token,),
-            lidar=self.sweep(frame, blank=blank) if self.lidar else None,
+            lidar=self.sweep(frame, blank=blank or unseen) if self.lidar else None,
         )
 
     def sweep(self, frame: FrameRecord, *, blank: bool = False) -> LidarPoints:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -133,11 +133,14 @@ class FrameDataset(Dataset[Sample]):
         config: NuScenesDataConfig,
         loader: FrameLoader,
         source: ConversationSource | None = None,
+        *,
+        unseen: bool = False,
     ) -> None:
         self.index = index
         self.config = config
         self.loader = loader
         self.source = source
+        self.unseen = unseen
 
     def __getitem__(self, request: ClipRequest) -> Sample:
         """Read one row.
@@ -163,6 +166,7 @@ class FrameDataset(Dataset[Sample]):
                 # gives the state that streaming the scene gives.
                 scene_start=f.position == 0 or (step == 0 and not request.carried),
                 blank=not request.valid,
+                unseen=self.unseen,
             )
             for step, f in enumerate(frames)
         )
@@ -213,6 +217,7 @@ class NuScenesDataModule(lightning.LightningDataModule):
         self.config = config
         self.tokenizer = tokenizer
         self.training = PLAIN  # how conversations of the train split are cut up
+        self.unseen = False  # training clips come without images: what they show is known already
         self._sources: dict[str, ConversationSource | None] = {}
 
     @property
@@ -272,7 +277,28 @@ class NuScenesDataModule(lightning.LightningDataModule):
             self.picker("train"), self.config.clip_length, self.config.seed, *self._place()
         )
         batches = BatchSampler(sampler, self.config.batch_size, drop_last=False)
-        return ResumableLoader(batch_sampler=batches, **self._loader_settings("train"))
+        settings = self._loader_settings("train")
+        settings["dataset"].unseen = self.unseen
+        return ResumableLoader(batch_sampler=batches, **settings)
+
+    def train_clips(
+        self, known: Container[int] = (), *, batches: slice | None = None
+    ) -> DataLoader:
+        """Every clip that training may draw, in order, without conversations.
+
+        Args:
+            known: frames that need not be given; a batch is left out where all of its are.
+            batches: which of the batches, counted before any is left out; None: this process's.
+        """
+        rank, world_size = self._place()
+        frames, size = self.frame_numbers("train"), self.config.batch_size
+        groups = [frames[k : k + size] for k in range(0, len(frames), size)]
+        requests = [
+            [ClipRequest(frame, self.config.clip_length) for frame in group]
+            for group in groups[batches or slice(rank, None, world_size)]
+            if not all(frame in known for frame in group)
+        ]
+        return PlainLoader(batch_sampler=requests, **self._loader_settings("train"))
 
     def val_dataloader(self) -> DataLoader:
         """Val scenes streamed side by side, one key-frame a batch."""
@@ -282,18 +308,29 @@ class NuScenesDataModule(lightning.LightningDataModule):
         """Test scenes streamed side by side, one key-frame a batch."""
         return self.stream("test")
 
-    def stream(self, split: str, *, talk: bool = True, everything: bool = False) -> DataLoader:
+    def stream(
+        self,
+        split: str,
+        *,
+        talk: bool = True,
+        everything: bool = False,
+        known: Container[int] = (),
+    ) -> DataLoader:
         """Any split streamed as in evaluation.
 
         Args:
             split: train, val or test.
             talk: with the conversations about its key-frames.
             everything: in every process all scenes, not this process's part of them.
+            known: frames that need not be given; scenes that run side by side are left out where
+                all of theirs are.
         """
         place = (0, 1) if everything else self._place()
         bounds = [(scene.first, scene.last) for scene in self.scenes(split)]
         picker = self.picker(split) if talk else Picker(self.index, self.frame_numbers(split))
         batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place)
+        if known:
+            batches.leave_out(known)
         return PlainLoader(batch_sampler=batches, **self._loader_settings(split))
 
     def frame(

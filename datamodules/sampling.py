@@ -8,7 +8,7 @@ give every rank equally many batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,6 +168,18 @@ class StreamBatchSampler(Sampler[list[ClipRequest]]):
         shares = [self.groups[r::world_size] for r in range(world_size)]
         self.share = shares[rank]
         self._length = max(sum(_longest(group) for group in share) for share in shares)
+
+    def leave_out(self, known: Container[int]) -> None:
+        """Drop groups of scenes of which every frame is known; the others stay as they are.
+
+        Ranks may then have unequally many batches.
+        """
+        self.share = [
+            group
+            for group in self.share
+            if not all(frame in known for first, last in group for frame in range(first, last))
+        ]
+        self._length = sum(_longest(group) for group in self.share)
 
     def __len__(self) -> int:
         return self._length

@@ -25,6 +25,7 @@ from odvla.language.tokenizer import QWEN_SPLIT, TAGS, ChatTokenizer, chat_text
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.types import CAMERAS, SLOT_IDS, Conversation
 from odvla.vla import DrivingVLA
+from stages.base import StageConfig
 from stages.optimisation import parameter_groups, trained_counts
 
 BYTES = 4  # of a weight, a gradient and each number of an optimiser: all fp32
@@ -109,7 +110,7 @@ def _budget(
     if load is not None:
         vocabulary = vla.language.model.get_input_embeddings().num_embeddings
         activations += language_bytes(config, stage, vocabulary, load)
-    if not getattr(settings, "remember_tokens", False):
+    if not looks_once(settings):
         activations += vision_bytes(config, stage, rows, steps)
     muon = settings.optimiser.muon > 0
     stored = sum(t.numel() * t.element_size() for t in _tensors(vla))
@@ -125,6 +126,11 @@ def _budget(
         steps=settings.steps or (None if samples is None else -(-samples // batch)),
         handoff=stored,
     )
+
+
+def looks_once(settings: StageConfig) -> bool:
+    """Whether steps of a stage learn from tokens that were made before."""
+    return any(getattr(settings, name, False) for name in ("remember_tokens", "feature_cache"))
 
 
 def _tensors(vla: DrivingVLA) -> list[torch.Tensor]:

@@ -30,7 +30,14 @@ from stages.planning import PlanningStageConfig
 STAGES = ("language", "perception", "alignment", "instruction", "interaction", "planning")
 Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_2", "deepspeed_3"]
 # Settings that say how a result is computed, not what it is: changing one retrains nothing.
-SPEED_SETTINGS = ("num_workers", "cache_images", "cache_limit_gb", "checkpoint_every", "val_every")
+SPEED_SETTINGS = (
+    "num_workers",
+    "cache_images",
+    "cache_limit_gb",
+    "checkpoint_every",
+    "val_every",
+    "feature_cache",
+)
 
 
 @dataclass(frozen=True)

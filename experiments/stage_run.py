@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.feature_cache import CacheSettings, FeatureCache, LearnFromCache
 from callbacks.freeze import FreezeByName
 from callbacks.guards import NonFiniteLossGuard
 from callbacks.predictions import WritePredictions
@@ -61,6 +62,7 @@ from stages.sharding import gather_into
 log = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
 STARTED = "started.json"
+FEATURES = "feature_cache"  # folder of the caches, beside the experiments' folders
 _T = TypeVar("_T")
 
 
@@ -165,8 +167,10 @@ class StageRun:
             ResumeCheckpoint(self.folder, self.settings.checkpoint_every),
             *shop.callbacks,
         ]
-        if getattr(self.settings, "remember_tokens", False):
-            whole = shop.vla if sharded else None
+        whole = shop.vla if sharded else None
+        if getattr(self.settings, "feature_cache", False):
+            callbacks.append(LearnFromCache(self.cache_settings(), whole))
+        elif getattr(self.settings, "remember_tokens", False):
             callbacks.append(
                 RememberTokens(self.stage, shop.memories, progress=shop.progress, whole=whole)
             )
@@ -242,6 +246,38 @@ class StageRun:
         load_weights(self.shop.vla, self.folder / WEIGHTS)
         data = data_module(self.shop.config, self.stage, self.shop.tokenizer)
         self.evaluate(self._module(self.shop.vla, 1), data, False)
+
+    def cache_settings(self) -> CacheSettings:
+        """Of the stage's feature cache; experiments that share a folder share caches."""
+        return CacheSettings(
+            root=self.shop.folder.parent / FEATURES,
+            stage=self.stage,
+            past="scene" if getattr(self.settings, "remember_tokens", False) else "clip",
+            fingerprint=self.shop.fingerprint,
+            precision=self.shop.config.trainer.precision,
+            progress=self.shop.progress,
+        )
+
+    def cache(self, device: torch.device) -> FeatureCache:
+        """Make the stage's feature cache before it is trained, and verify it.
+
+        Raises:
+            UserError: the stage cannot learn from a cache, the parent's handoff is not usable, or
+                the cache that is there is stale or damaged.
+        """
+        shop = self.shop
+        if self.parent is None:
+            load_initial(shop.vla, shop.config)
+        else:
+            load_handoff(self.parent, self.stage, shop.vla, shop.config)
+        data = data_module(shop.config, self.stage, shop.tokenizer)
+        settings = self.cache_settings()
+        self.settings.freeze.apply(shop.vla)
+        settings.check(shop.vla, self.settings, data)
+        cache = FeatureCache.open(settings, shop.vla.eval().to(device), data, device)
+        cache.fill()
+        cache.verify()
+        return cache
 
     def evaluate(
         self, module: StageModule, data: NuScenesDataModule, logger: Any

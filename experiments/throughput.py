@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from experiments.budget import SAMPLE_KINDS
+from experiments.budget import SAMPLE_KINDS, looks_once
 from experiments.schema import ExperimentConfig
 from odvla.fake_batch import fake_batch, fake_tokenizer
 from odvla.language.tokenizer import ChatTokenizer
@@ -73,7 +73,7 @@ def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: Chat
         dialect=config.dialect,
     )
     batch = batch.to(next(vla.parameters()).device)
-    if getattr(settings, "remember_tokens", False):
+    if looks_once(settings):
         module.memory = TokenMemory()
         with torch.no_grad():
             module.memory.keep(batch.valid_rows(), vla.perceive(batch.clip)[0])

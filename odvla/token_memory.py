@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -15,11 +16,24 @@ from odvla.vla import DrivingVLA, Perception
 VISION = ("encoder.", "queries.")  # parameters of the vision half
 
 
-class TokenMemory:
-    """Tokens by sample token, as they are before projection."""
+class Rows(Protocol):
+    """Tokens of one row by stream, by sample token: a dict, or files (see TokenShards)."""
 
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[str, TokenSet]] = {}
+    def __len__(self) -> int: ...
+    def __contains__(self, token: object, /) -> bool: ...
+    def __getitem__(self, token: str, /) -> dict[str, TokenSet]: ...
+    def __setitem__(self, token: str, row: dict[str, TokenSet], /) -> None: ...
+
+
+class TokenMemory:
+    """Tokens by sample token, as they are before projection.
+
+    Args:
+        rows: where they are kept; None: in memory, on the device that made them.
+    """
+
+    def __init__(self, rows: Rows | None = None) -> None:
+        self._rows: Rows = {} if rows is None else rows
 
     def __len__(self) -> int:
         """Number of key-frames."""
@@ -38,12 +52,21 @@ class TokenMemory:
             place = torch.tensor([row], device=next(iter(slim.values())).feats.device)
             self._rows[token] = {name: rows_of(tokens, place) for name, tokens in slim.items()}
 
-    def recall(self, sample_tokens: Sequence[str]) -> Perception | None:
-        """What was seen; None where one of them was not kept."""
+    def recall(
+        self, sample_tokens: Sequence[str], device: torch.device | None = None
+    ) -> Perception | None:
+        """What was seen; None where one of them was not kept.
+
+        Args:
+            sample_tokens: one a row.
+            device: where the tokens are wanted; None: where they are.
+        """
         if any(token not in self._rows for token in sample_tokens):
             return None
         rows = [self._rows[token] for token in sample_tokens]
         tokens = {stream: join_rows([row[stream] for row in rows]) for stream in rows[0]}
+        if device is not None:
+            tokens = {stream: found.to(device) for stream, found in tokens.items()}
         track = tokens["track"].predictions if "track" in tokens else None
         agents = (track,) if isinstance(track, AgentPredictions) else ()
         return Perception(None, tokens, agents, None)

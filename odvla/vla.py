@@ -436,8 +436,12 @@ class DrivingVLA(nn.Module):
     ) -> Spliced:
         """Embed the conversations `rows` of a talk, slots filled."""
         talk = _rows_of(talk, rows)
+        # In one layout, so that tokens that were kept give the same bits as fresh ones.
         streams = {
-            stream: (self.projectors[stream](tokens.feats), self._shown(stream, tokens.mask))
+            stream: (
+                self.projectors[stream](tokens.feats.contiguous()),
+                self._shown(stream, tokens.mask),
+            )
             for stream, tokens in (perception.tokens.items() if perception else ())
         }
         if self.config.ego_token and batch.ego is not None:

@@ -132,7 +132,7 @@ class StageModule(lightning.LightningModule):
         """What the vision half makes of the batch's last frames, where that is remembered."""
         if self.memory is None or not batch.clip:
             return None
-        return self.memory.recall(batch.clip[-1].sample_tokens)
+        return self.memory.recall(batch.clip[-1].sample_tokens, batch.valid.device)
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
         """What the stage minimises."""

@@ -21,6 +21,9 @@ class TalkConfig(StageConfig):
     max_new_tokens: int = 128
     # Show each key-frame to the frozen vision half once, before training, instead of in every step.
     remember_tokens: bool = False
+    # Keep what the frozen vision half makes of the training key-frames on disk, and learn from
+    # that. With remember_tokens they are its tokens; without, those of every step's clip.
+    feature_cache: bool = False
 
 
 class TalkStage(StageModule):

@@ -1,0 +1,256 @@
+"""What a frozen vision half makes of key-frames, kept on disk: made once, checked at every start.
+
+Two kinds of past are cached. "scene": scenes are streamed as in evaluation, train and val, as
+RememberTokens does. "clip": every training clip starts anew, as in a step without a memory; the val
+split is then looked at as it is streamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.progress import track
+
+from odvla.config import config_hash, to_tree
+from odvla.errors import UserError
+from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
+from odvla.token_shards import FeatureKey, TokenShards
+from odvla.types import Batch, TokenSet
+from odvla.vla import DrivingVLA, Perception
+
+log = logging.getLogger(__name__)
+Past = Literal["scene", "clip"]
+VERIFIED_BATCHES = 2  # encoded again at every start
+# Farther off than what another device's order of summation does to tokens.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where a stage's cache lies and how it is made."""
+
+    root: Path  # of the caches of all keys
+    stage: str  # named in messages
+    past: Past
+    fingerprint: str  # of the data root
+    precision: str = "32-true"  # of the stage's training
+    progress: bool = False
+
+    def key(self, vla: DrivingVLA, data: Any) -> FeatureKey:
+        """What the tokens depend on."""
+        config = data.config
+        clip = self.past == "clip"
+        images = (config.image_size, config.crop_top, config.pad_multiple)
+        return FeatureKey(
+            vision_sha256=vision_sha256(vla),
+            model=config_hash([to_tree(vla.config.encoder), to_tree(vla.config.queries)]),
+            images=config_hash(to_tree(images)),
+            data=self.fingerprint,
+            past=f"clip of {config.clip_length}" if clip else "scene",
+            rows=config.batch_size if clip else config.eval_batch_size,
+            precision=self.precision,
+        )
+
+    def check(self, vla: DrivingVLA, stage_config: Any, data: Any) -> None:
+        """Refuse what a cache cannot stand for.
+
+        Raises:
+            UserError: the vision half trains, images change from step to step, or key-frames with
+                broken images would have to be left out.
+        """
+        switch = f"stages.{self.stage}.feature_cache"
+        if not vision_is_frozen(vla):
+            raise UserError(
+                f"{switch} needs frozen encoder and queries, but its freeze plan trains some of "
+                "them"
+            )
+        if getattr(stage_config, "augmentation", None) is not None:
+            raise UserError(
+                f"{switch} needs images that stay as they are, but stages.{self.stage}.augmentation"
+                " is on"
+            )
+        if data.config.broken_images:
+            raise UserError(
+                f"{switch} needs every image, but data.broken_images allows "
+                f"{data.config.broken_images} to be broken; set it to 0"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """The tokens of one stage's key-frames."""
+
+    settings: CacheSettings
+    shards: TokenShards
+    vla: DrivingVLA  # in evaluation mode where it sees
+    data: Any
+    device: torch.device
+
+    @staticmethod
+    def open(
+        settings: CacheSettings, vla: DrivingVLA, data: Any, device: torch.device
+    ) -> FeatureCache:
+        """The cache of a vision half, with what was made before.
+
+        Raises:
+            UserError: a file of it is damaged, or the folder is another cache's.
+        """
+        key = settings.key(vla, data)
+        folder = settings.root / key.folder_name
+        shards = TokenShards(folder)
+        key.claim(folder)
+        return FeatureCache(settings, shards, vla, data, device)
+
+    def frames(self) -> list[int]:
+        """Key-frames that the cache is for."""
+        splits = ("train",) if self.settings.past == "clip" else ("train", "val")
+        return [frame for split in splits for frame in self.data.frame_numbers(split)]
+
+    def known(self) -> set[int]:
+        """Key-frames that it has."""
+        return {frame for frame in self.frames() if self._token(frame) in self.shards}
+
+    def fill(self) -> None:
+        """Make what is missing of this process's share; what is made is on disk in the end."""
+        known = self.known()
+        missing = len(self.frames()) - len(known)
+        if not missing:
+            return
+        memory = TokenMemory(self.shards)
+        if self.settings.past == "clip":
+            passes = {"train": self.data.train_clips(known)}
+        else:
+            passes = {
+                split: self.data.stream(split, talk=False, known=known)
+                for split in ("train", "val")
+            }
+        for split, loader in passes.items():
+            bar = track(
+                loader,
+                f"caching the {split} key-frames",
+                transient=True,
+                disable=not self.settings.progress,
+            )
+            for batch, seen in self._look(bar):
+                memory.keep(batch.valid_rows(), seen)
+        self.shards.flush()
+        log.info(
+            "stage %s: %d key-frames were cached in %s",
+            self.settings.stage,
+            missing,
+            self.shards.folder,
+        )
+
+    def verify(self) -> int:
+        """Encode some key-frames again, others at every start.
+
+        Returns:
+            How many.
+
+        Raises:
+            UserError: one of them looks different now.
+        """
+        frames = self.frames()
+        chosen = random.SystemRandom().choice(frames)
+        others = set(frames) - {chosen}
+        loader: Any
+        if self.settings.past == "clip":
+            loader = self.data.train_clips(others, batches=slice(None))
+        else:
+            split = "train" if chosen in set(self.data.frame_numbers("train")) else "val"
+            loader = self.data.stream(split, talk=False, everything=True, known=others)
+        compared, rounded = 0, False
+        for number, (batch, seen) in enumerate(self._look(loader), start=1):
+            fresh: dict[str, dict[str, TokenSet]] = {}
+            TokenMemory(fresh).keep(batch.valid_rows(), seen)
+            for token, row in fresh.items():
+                rounded |= self._compare(token, row)
+            compared += len(fresh)
+            if number == VERIFIED_BATCHES:
+                break
+        if rounded:
+            log.warning(
+                "the feature cache %s was made on another kind of machine: losses agree to "
+                "rounding only",
+                self.shards.folder,
+            )
+        return compared
+
+    def _compare(self, token: str, row: dict[str, TokenSet]) -> bool:
+        """Whether a key-frame's tokens differ, but by rounding only."""
+        rounded = False
+        held = self.shards[token]
+        for stream, fresh in row.items():
+            old, new = held[stream], fresh.to("cpu")
+            same = old.feats.shape == new.feats.shape and torch.equal(old.mask, new.mask)
+            if not same or not torch.allclose(
+                old.feats.float(), new.feats.float(), rtol=TOLERANCE, atol=TOLERANCE
+            ):
+                raise UserError(
+                    f"the feature cache {self.shards.folder} is stale: the {stream} tokens of "
+                    f"sample {token} are others today (have its images changed?); delete the folder"
+                )
+            rounded |= not torch.equal(old.feats, new.feats)
+        return rounded
+
+    @torch.no_grad()
+    def _look(self, loader: Any) -> Iterator[tuple[Batch, Perception]]:
+        """Every batch and what the vision half makes of it."""
+        state = None
+        bf16 = self.settings.precision == "bf16-mixed" and self.settings.past == "clip"
+        for batch in loader:
+            moved: Batch = batch.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                if self.settings.past == "clip":
+                    # In two parts, as a step of training looks at it.
+                    state = None
+                    if len(moved.clip) > 1:
+                        _, state = self.vla.perceive(moved.clip[:-1])
+                seen, state = self.vla.perceive(moved.clip[-1:], state)
+            yield moved, seen
+
+    def _token(self, frame: int) -> str:
+        return self.data.index.frames[frame].token
+
+
+class LearnFromCache(Callback):
+    """Gives a stage the cached tokens of its key-frames; what is missing is made first.
+
+    Args:
+        settings: of the cache.
+        whole: see RememberTokens.
+    """
+
+    def __init__(self, settings: CacheSettings, whole: DrivingVLA | None = None) -> None:
+        self.settings = settings
+        self.whole = whole
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Fill the cache, check it, and stop reading images for training.
+
+        Raises:
+            UserError: the stage cannot learn from a cache, or the cache is stale or damaged.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.settings.check(pl_module.vla, pl_module.config, data)
+        vla = pl_module.vla
+        if self.whole is not None:
+            vla = self.whole.eval().to(pl_module.device)
+        cache = FeatureCache.open(self.settings, vla, data, pl_module.device)
+        cache.fill()
+        trainer.strategy.barrier()
+        cache.shards.refresh()
+        compared = cache.verify()
+        log.info("stage %s: %d cached key-frames verified", self.settings.stage, compared)
+        if self.whole is not None:
+            self.whole.to("cpu")
+        pl_module.memory = TokenMemory(cache.shards)
+        data.unseen = True
