@@ -112,12 +112,11 @@ def main() -> None:
             ratio = median(plain.seconds) / median(cached.seconds)
             row = [f"{rates[0]:.1f}", f"{rates[1]:.1f}", f"{ratio:.1f}x"]
             table.add_row(stage, *row, str(len(cache.shards)), f"{filled:.0f} s")
-        shards = cache.shards
-        frame = shards.size_bytes() / len(shards)
+        size, frame = cache.shards.size_bytes(), cache.shards.size_bytes() / len(cache.shards)
     console = Console(width=110)
     console.print(table)
     console.print(
-        f"{frame / 1000:.1f} kB a key-frame: {shards.size_bytes() / MEGABYTE:.1f} MB here, "
+        f"{frame / 1000:.1f} kB a key-frame: {size / MEGABYTE:.1f} MB here, "
         f"{frame * TRAINVAL_FRAMES / GIGABYTE:.2f} GB for v1.0-trainval's {TRAINVAL_FRAMES:,}"
     )
 
