@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.verbs import compare, data, doctor, parity, plan, run, score, sweep, weights
+from experiments.verbs import compare, data, doctor, parity, plan, run, runs, score, sweep, weights
 from experiments.verbs.parser import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, PROGRAM
 from odvla.errors import UserError
 
 # In the order of the help.
-GROUPS = (run, sweep, compare, plan, score, data, doctor, weights, parity)
+GROUPS = (run, sweep, compare, runs, plan, score, data, doctor, weights, parity)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+EXPERIMENT = "odvla"  # name of the MLflow experiment that holds all runs
+MEANT_FOR = "odvla.meant_for"  # tag: the server that did not answer when a run began
 PATIENCE_S = 4.0
 
 

@@ -30,7 +30,7 @@ def tables_of(found: SweepComparison) -> list[ResultTable]:
     for name, rows in found.by_axis.items():
         note = (
             f"Every value of {name} over the same combinations of the other axes and seeds; "
-            "n counts them."
+            "n counts them, sd is over them."
         )
         tables.append(_table(found, f"{found.name}: {name}, other axes averaged", rows, note))
     missing = [point for point in found.points if point.value is None]

@@ -1,7 +1,6 @@
 """The comparison of a sweep, on folders that are made up with known numbers."""
 
 import json
-import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -131,10 +130,7 @@ def test_failed_and_unfinished_points_are_shown(sweep):
     begun = sweep.point(["broken"], 3)
     (begun / "status.json").write_text(json.dumps({"step": 7, "steps": 50}))
     main_table, missing = tables_of(compare_sweep(sweep.folder))
-    assert (
-        dict(main_table.rows)["broken"][-1] == "1 failed, 1 begun, 1 begun"
-        or dict(main_table.rows)["broken"][-1] == "1 failed, 2 begun"
-    )
+    assert dict(main_table.rows)["broken"][-1] == "1 failed, 2 begun"
     rows = dict(missing.rows)
     assert rows["broken, seed 1"] == ("failed", "planning: RuntimeError: out of <memory>")
     assert rows["broken, seed 2"] == ("begun", "perception is done, what comes after it is not")
@@ -190,7 +186,7 @@ def test_mistakes_are_one_sentence(tmp_path, sweep, capsys):
         compare_sweep(sweep.folder)
     empty = MadeUp(tmp_path / "empty", {"a": ["x"]})
     empty.fail(empty.point(["x"], 0), "RuntimeError: why")
-    with pytest.raises(UserError, match="no point of the sweep .* x, seed 0: planning: Runtime"):
+    with pytest.raises(UserError, match=r"no point of the sweep .* x, seed 0: planning: Runtime"):
         compare_sweep(empty.folder)
     assert main(["compare", "no_such_sweep"]) == 2
     assert "there is no sweep 'no_such_sweep'" in capsys.readouterr().err
@@ -232,9 +228,6 @@ def test_the_files_say_what_the_tables_say(sweep, tmp_path):
     assert "seconds of all stages" in seconds
     assert "million parameters" in sizes
     assert bars in text
-    # Ids of several figures on one page must not clash.
-    ids = [set(re.findall(r'id="(clip[^"]*|m[0-9a-f]{10})"', svg)) for svg in (seconds, sizes)]
-    assert all(ids)
 
 
 def test_the_verb_logs_to_the_sweeps_run(sweep, monkeypatch, capsys):
@@ -251,7 +244,7 @@ def test_the_verb_logs_to_the_sweeps_run(sweep, monkeypatch, capsys):
     assert logged == {f"compare/compare.{kind}" for kind in ("md", "json", "html")}
 
 
-def test_an_absent_server_does_not_stop_the_verb(sweep, caplog):
+def test_an_absent_server_does_not_stop_the_verb(sweep):
     note = {"uri": "http://127.0.0.1:9", "experiment": "0", "runs": {"": "abc"}}
     (sweep.folder / "mlflow.json").write_text(json.dumps(note))
     assert main(["compare", str(sweep.folder)]) == 0
