@@ -32,6 +32,7 @@ class Push:
 
     copied: dict[str, str] = field(default_factory=dict)  # local id -> the copy's
     skipped: list[str] = field(default_factory=list)  # copied before
+    running: list[str] = field(default_factory=list)  # left for when they have ended
 
 
 def all_runs(client: MlflowClient) -> list[Run]:
@@ -56,7 +57,8 @@ def push(store: str, target: str, run_id: str = "") -> Push:
     Args:
         store: URI of the store they are in.
         target: URI of the tracking server.
-        run_id: this run and those below it; "": all that began while a server did not answer.
+        run_id: this run and those below it, ended or not; "": all that began while a server did
+            not answer and have ended.
 
     Raises:
         UserError: the server does not answer or refuses, or there is no such run.
@@ -72,17 +74,21 @@ def push(store: str, target: str, run_id: str = "") -> Push:
     else:
         chosen = [run for run in runs if MEANT_FOR in run.data.tags]
     done = Push()
+    if not run_id:
+        done.running = [run.info.run_id for run in chosen if run.info.status == "RUNNING"]
+        chosen = [run for run in chosen if run.info.status != "RUNNING"]
     try:
         experiment = _experiment(sink)
         before = _copies(sink)
         places = {run.info.run_id: _place(run, target) for run in runs}
         for run in _parents_first(chosen):
             own = run.info.run_id
-            if places[own]:
+            copy = before.get(own)
+            stale = copy is not None and _is_stale(copy, run)
+            if places[own] and not stale:
                 done.skipped.append(own)
                 continue
-            copy = before.get(own)
-            if copy is not None and WHOLE not in copy.data.tags:
+            if copy is not None and stale:
                 sink.delete_run(copy.info.run_id)
                 copy = None
             parent = run.data.tags.get(PARENT, "")
@@ -92,6 +98,7 @@ def push(store: str, target: str, run_id: str = "") -> Push:
                 else _copy(run, source, sink, experiment, places.get(parent) or parent)
             )
             _note(source, run, target, places[own])
+        _adopt(sink, done.copied, before)
     except MlflowException as error:
         raise UserError(
             f"pushing to {target} stopped after {len(done.copied)} runs: {error.message}"
@@ -127,6 +134,24 @@ def _experiment(client: MlflowClient) -> str:
 def _copies(client: MlflowClient) -> dict[str, Run]:
     """Runs of the server that are copies, by the run they were copied from."""
     return {run.data.tags[SOURCE]: run for run in all_runs(client) if SOURCE in run.data.tags}
+
+
+def _is_stale(copy: Run, run: Run) -> bool:
+    """Whether a copy was interrupted, or its run has gone on since."""
+    return WHOLE not in copy.data.tags or copy.info.end_time != run.info.end_time
+
+
+def _adopt(sink: MlflowClient, copied: dict[str, str], before: dict[str, Run]) -> None:
+    """Name new copies as parents where the server's runs name what they replace.
+
+    A child may have reached the server before its parent did: it names the parent's local id.
+    """
+    moved = dict(copied)
+    moved |= {before[own].info.run_id: new for own, new in copied.items() if own in before}
+    for run in all_runs(sink) if moved else ():
+        parent = run.data.tags.get(PARENT, "")
+        if moved.get(parent, parent) != parent:
+            sink.set_tag(run.info.run_id, PARENT, moved[parent])
 
 
 def _place(run: Run, target: str) -> str:

@@ -68,12 +68,12 @@ def push_runs(options: argparse.Namespace) -> None:
     console = wide_console()
     with console.status("copying"):
         done = push(local_store(runs), options.uri, options.run_id)
-    console.print(
-        f"{len(done.copied)} runs copied to {options.uri}, {len(done.skipped)} were there",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    text = f"{len(done.copied)} runs copied to {options.uri}, {len(done.skipped)} were there"
+    if done.running:
+        text += (
+            f"; {len(done.running)} have not ended and are left out (--run ID takes one as it is)"
+        )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_pages(options: argparse.Namespace) -> int:

@@ -154,6 +154,17 @@ def test_runs_are_pushed_once_and_whole(runs, server):
     assert third.copied[mine["e"].info.run_id] == parent.info.run_id
     assert third.copied[mine["e/planning"].info.run_id] != child.info.run_id
     assert len(all_runs(there)) == 2
+    # The parent goes on after it was pushed: it is left while it runs, then copied anew.
+    own = mine["e"].info.run_id
+    here.update_run(own, status="RUNNING")
+    assert push(store, server).running == [own]
+    here.log_metric(own, "late", 2.0)
+    here.set_terminated(own, "FINISHED", mine["e"].info.end_time + 1000)
+    fourth = push(store, server)
+    assert list(fourth.copied) == [own]
+    renewed = {run.info.run_name: run for run in all_runs(there)}
+    assert renewed["e"].data.metrics["late"] == 2.0
+    assert renewed["e/planning"].data.tags["mlflow.parentRunId"] == fourth.copied[own]
     # One that was meant for the file is pushed when it is named.
     named = push(store, server, mine["here"].info.run_id)
     assert list(named.copied) == [mine["here"].info.run_id]
