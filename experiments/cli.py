@@ -8,11 +8,24 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.verbs import cache, data, doctor, parity, plan, run, score, sweep, weights
+from experiments.verbs import (
+    cache,
+    compare,
+    data,
+    doctor,
+    parity,
+    plan,
+    run,
+    runs,
+    score,
+    sweep,
+    weights,
+)
 from experiments.verbs.parser import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, PROGRAM
 from odvla.errors import UserError
 
-GROUPS = (run, cache, sweep, plan, score, data, doctor, weights, parity)  # in the order of the help
+# In the order of the help.
+GROUPS = (run, cache, sweep, compare, runs, plan, score, data, doctor, weights, parity)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,6 +63,7 @@ class Pipeline:
         if is_first_process():
             write_atomically(shop.folder / "config.yaml", dump(shop.config).encode())
         tags = {"seed": shop.config.seed, "git_commit": git_commit()}
+        tags["data_fingerprint"] = shop.fingerprint
         shop.tracker.start(flat(shop.config), {"experiment": shop.config.name, **tags})
         parent = self.parent
         for stage in self.stages:

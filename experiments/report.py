@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ResultTable:
     """A titled table of numbers; `note` says how to read it and is printed below it.
 
     A cell is a number or a text; numbers are printed with `digits` decimals. None prints as a dash.
+    `bold` names cells to be set in bold, as (row, column).
     """
 
     title: str
@@ -26,6 +28,7 @@ class ResultTable:
     rows: tuple[tuple[str, tuple[float | str | None, ...]], ...]
     note: str = ""
     digits: int = 2
+    bold: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         """Check that every row has one cell a column."""
@@ -56,8 +59,12 @@ class ResultTable:
         table.add_column("", no_wrap=True)
         for column in self.columns:
             table.add_column(column, justify="right")
-        for name, cells in self.rows:
-            table.add_row(name, *[self.text(cell) for cell in cells])
+        for row, (name, cells) in enumerate(self.rows):
+            texts = [
+                Text(self.text(cell), "bold" if (row, place) in self.bold else "")
+                for place, cell in enumerate(cells)
+            ]
+            table.add_row(Text(name), *texts)
         return table
 
     def markdown(self) -> str:
@@ -69,10 +76,20 @@ class ResultTable:
             "|---|" + "---:|" * len(self.columns),
         ]
         lines += [
-            f"| {name} | " + " | ".join(self.text(cell) for cell in cells) + " |"
-            for name, cells in self.rows
+            f"| {_in_markdown(name)} | " + " | ".join(self._marked(row, cells)) + " |"
+            for row, (name, cells) in enumerate(self.rows)
         ]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+    def _marked(self, row: int, cells: Sequence[float | str | None]) -> list[str]:
+        """Cells as Markdown has them."""
+        texts = [_in_markdown(self.text(cell)) for cell in cells]
+        return [f"**{t}**" if (row, place) in self.bold else t for place, t in enumerate(texts)]
+
+
+def _in_markdown(text: str) -> str:
+    """A bar would end the cell, a line break the row."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 @dataclass(frozen=True)

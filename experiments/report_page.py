@@ -160,28 +160,49 @@ def _page(
     shown: Sequence[tuple[str, Path]],
 ) -> str:
     names = ", ".join(html.escape(result.name) for result in results)
-    sections = [("results", "Results", "".join(map(_table, ours)))]
+    lead = f"{names}. Numbers of different protocols are never in one table."
+    sections = [("results", "Results", "".join(map(html_table, ours)))]
     if plots:
-        cards = "".join(f'<section class="card"><h3>{t}</h3>{svg}</section>' for t, svg in plots)
-        sections.append(("plots", "Plots", f'<div class="plots">{cards}</div>'))
+        sections.append(plots_section(plots))
     if shown:
         figures = "".join(_figure(caption, path) for caption, path in shown)
         sections.append(("cases", "Cases", f'<section class="card">{figures}</section>'))
     if published:
-        sections.append(("published", "Published", "".join(map(_table, published))))
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(f'<h2 id="{key}">{title}</h2>{text}' for key, title, text in sections)
+        sections.append(("published", "Published", "".join(map(html_table, published))))
+    return html_page("Results", lead, sections)
+
+
+def plots_section(plots: Sequence[tuple[str, str]]) -> tuple[str, str, str]:
+    """The section of plots, given as title and SVG."""
+    cards = "".join(
+        f'<section class="card"><h3>{html.escape(title)}</h3>{svg}</section>'
+        for title, svg in plots
+    )
+    return "plots", "Plots", f'<div class="plots">{cards}</div>'
+
+
+def html_page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A page that needs no other file.
+
+    Args:
+        title: its heading, as text.
+        lead: the line below it, as HTML.
+        sections: key, title and HTML of each.
+    """
+    title = html.escape(title)
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
+    body = "".join(f'<h2 id="{key}">{name}</h2>{text}' for key, name, text in sections)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>odvla results</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>Results</h1><p class="lead">{names}. Numbers of different protocols are never in '
-        f"one table.</p><nav>{links}</nav>{body}</main></body></html>\n"
+        f"<title>odvla: {title}</title><style>{STYLE}</style></head><body><main>"
+        f'<h1>{title}</h1><p class="lead">{lead}</p><nav>{links}</nav>{body}</main></body></html>\n'
     )
 
 
-def _table(table: ResultTable) -> str:
-    best = _best(table)
+def html_table(table: ResultTable) -> str:
+    """A table as a card of the page."""
+    best = _best(table) | table.bold
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = []
     for number, (name, cells) in enumerate(table.rows):

@@ -37,7 +37,7 @@ def all_plots(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 def error_over_time(results: Sequence[Result]) -> str:
     """L2 [T] of every result over time."""
-    figure, axes = _axes("seconds ahead", "L2 (m)")
+    figure, axes = new_axes("seconds ahead", "L2 (m)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
         l2, known, scenes = _errors(result)
@@ -51,12 +51,12 @@ def error_over_time(results: Sequence[Result]) -> str:
         low, high = [f.low for f in found], [f.high for f in found]
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
-    return _svg(figure, axes)
+    return svg_text(figure, axes)
 
 
 def collisions_over_time(results: Sequence[Result]) -> str:
     """Share of plans that touch somebody at each step, under each result's first protocol."""
-    figure, axes = _axes("seconds ahead", "collisions (%)")
+    figure, axes = new_axes("seconds ahead", "collisions (%)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
         protocol = next(iter(result.protocols))
@@ -64,7 +64,7 @@ def collisions_over_time(results: Sequence[Result]) -> str:
         label = f"{result.name} ({protocol})"
         axes.plot(times, rates, color=colour, marker="o", label=label)
     axes.set_ylim(bottom=0)
-    return _svg(figure, axes)
+    return svg_text(figure, axes)
 
 
 def by_command(results: Sequence[Result]) -> str:
@@ -88,7 +88,7 @@ def by_speed(results: Sequence[Result]) -> str:
 
 
 def _bars(results: Sequence[Result], names: Sequence[str], name_of: Any) -> str:
-    figure, axes = _axes("", "average L2 (m)")
+    figure, axes = new_axes("", "average L2 (m)")
     width = 0.8 / len(results)
     counts = dict.fromkeys(names, 0)
     for number, (result, colour) in enumerate(zip(results, _colours(results), strict=True)):
@@ -116,7 +116,7 @@ def _bars(results: Sequence[Result], names: Sequence[str], name_of: Any) -> str:
                 )
     labels = [f"{name}\n{counts[name]}" for name in names]
     axes.set_xticks(range(len(names)), labels)
-    return _svg(figure, axes)
+    return svg_text(figure, axes)
 
 
 def _errors(result: Result) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[str]]:
@@ -132,7 +132,8 @@ def _colours(results: Sequence[Result]) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(len(results))]
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def new_axes(x: str, y: str) -> tuple[Any, Any]:
+    """An empty figure of the report's look, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -147,7 +148,8 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, axes: Any) -> str:
+def svg_text(figure: Any, axes: Any) -> str:
+    """The figure as an SVG element, to stand in a page."""
     from matplotlib import rc_context
 
     handles, labels = axes.get_legend_handles_labels()

@@ -231,6 +231,7 @@ class StageRun:
             card.write(self.folder)
             (self.folder / LAST).unlink(missing_ok=True)
             shop.tracker.log_files(self.stage, self.folder / CARD)
+            shop.tracker.tag(self.stage, "card", card_sha256(self.folder))
         agreed(None)
         shop.tracker.close(self.stage)
 
@@ -324,6 +325,7 @@ class StageRun:
             "git_commit": git_commit(),
             "parent_card": self.key["parent_card_sha256"],
             "stage_hash": self.key["stage_hash"],
+            "data_fingerprint": self.key["data_fingerprint"],
         }
 
     def _trainer(

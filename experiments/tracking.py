@@ -1,6 +1,8 @@
 """Runs in MLflow: a parent run an experiment, a child run a stage.
 
-The default store is a SQLite file in the runs folder; MLFLOW_TRACKING_URI names another one.
+The default store is a SQLite file in the runs folder; MLFLOW_TRACKING_URI names another one. Where
+that is a server which does not answer, runs go to the file with a tag that says so: `runs push`
+brings them to the server later (see run_copies.py).
 Metrics are sent in batches, so that tracking costs next to nothing.
 """
 
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers, local_store, store_uri
 from odvla.weights import write_atomically
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
-EXPERIMENT = "odvla"
 BATCH = 200  # metrics sent at once
+EVERY_S = 30.0  # or what there is, so that a slow run is seen while it goes on
 MAX_PARAMS = 100  # MLflow takes so many at once
 MAX_PARAM_LENGTH = 500
 
@@ -42,6 +44,7 @@ class StageLogger(Logger):
         self._client = client
         self._run_id = run_id
         self._pending: list[tuple[str, float, int, int]] = []
+        self._sent_s = time.monotonic()
 
     @property
     def name(self) -> str:
@@ -63,7 +66,7 @@ class StageLogger(Logger):
         for name, value in metrics.items():
             if name != "epoch":
                 self._pending.append((name, float(value), now, step or 0))
-        if len(self._pending) >= BATCH:
+        if len(self._pending) >= BATCH or time.monotonic() - self._sent_s >= EVERY_S:
             self.flush()
 
     @rank_zero_only
@@ -75,6 +78,7 @@ class StageLogger(Logger):
             metrics = [Metric(*entry) for entry in self._pending]
             self._client.log_batch(self._run_id, metrics=metrics)
         self._pending = []
+        self._sent_s = time.monotonic()
 
     def finalize(self, status: str) -> None:
         """Send what is left."""
@@ -108,8 +112,18 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         store.mkdir(parents=True, exist_ok=True)
-        local = f"sqlite:///{(store / 'mlflow.db').resolve()}"
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI", local)
+        local = local_store(store)
+        self.uri = store_uri(store)
+        self._meant = ""  # the server that did not answer
+        if not answers(self.uri):
+            log.warning(
+                "the MLflow server %s does not answer: this run is logged to %s; later, "
+                "`lightning_app.py runs push %s` brings it there",
+                self.uri,
+                local,
+                self.uri,
+            )
+            self._meant, self.uri = self.uri, local
         self._client = MlflowClient(tracking_uri=self.uri)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         if found is None:
@@ -168,6 +182,11 @@ class Tracker:
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(self._ids[stage], metrics=metrics[start : start + BATCH])
 
+    def tag(self, stage: str, name: str, value: str) -> None:
+        """Set a tag of a stage's run ("": the parent's) that was not known when it began."""
+        if self._client is not None and stage in self._ids:
+            self._client.set_tag(self._ids[stage], name, value)
+
     def log_files(self, stage: str, *paths: Path) -> None:
         """Log files, or folders, as artifacts of a stage's run ("": the parent's)."""
         if self._client is None or stage not in self._ids:
@@ -204,6 +223,8 @@ class Tracker:
     def _open(self, key: str, name: str, tags: Mapping[str, Any]) -> None:
         assert self._client is not None
         texts = {tag: str(value) for tag, value in tags.items()}
+        if self._meant:
+            texts[MEANT_FOR] = self._meant
         run = self._client.create_run(self._experiment, tags=texts, run_name=name)
         self._ids[key] = run.info.run_id
         kept = {"uri": self.uri, "experiment": self._experiment, "runs": self._ids}

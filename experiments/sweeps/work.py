@@ -223,3 +223,8 @@ def open_sweep_run(plan: SweepPlan, runs: Path) -> str:
     tags = {"sweep": plan.sweep.name, "kind": "sweep", "git_commit": git_commit()}
     tracker.start({**axes, "seeds": plan.sweep.seeds, "metric": plan.sweep.metric}, tags)
     return tracker.run_id
+
+
+def close_sweep_run(plan: SweepPlan, runs: Path) -> None:
+    """End the sweep's MLflow run; the next start of the sweep goes on in it."""
+    Tracker(plan.folder, runs, plan.sweep.name, active=True).close("")

@@ -66,6 +66,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     from experiments.sweeps.schedule import run_tasks
     from experiments.sweeps.validation import validate
     from experiments.sweeps.view import SweepView
+    from experiments.sweeps.work import close_sweep_run
 
     quiet_libraries()
     console = Console(highlight=False)
@@ -88,6 +89,7 @@ def run_sweep(options: argparse.Namespace) -> int:
             )
     finally:
         engine.close()
+        close_sweep_run(plan, runs_of(options))
     counts = ", ".join(f"{count} {outcome}" for outcome, count in board.counts().items())
     console.print(f"{len(plan.points)} points, {len(plan.tasks)} tasks: {counts}")
     return EXIT_FAILED if board.failed else EXIT_OK

@@ -45,6 +45,20 @@ def test_a_parent_run_an_experiment_and_a_child_a_stage(store, monkeypatch):
     assert (store / "mlartifacts" / parent.info.run_id / "artifacts" / "table.md").is_file()
 
 
+def test_a_slow_run_is_seen_while_it_goes_on(store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    now = [0.0]
+    monkeypatch.setattr("experiments.tracking.time.monotonic", lambda: now[0])
+    tracker = Tracker(store / "slow", store, "slow", active=True)
+    tracker.start({}, {})
+    logger = tracker.stage("perception", False, {}, {})
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    for seconds, seen in ((10.0, 0), (31.0, 2), (40.0, 2), (62.0, 4)):
+        now[0] = seconds
+        logger.log_metrics({"train/loss": 1.0}, int(seconds))
+        assert len(client.get_metric_history(logger.version, "train/loss")) == seen
+
+
 def test_an_interrupted_experiment_goes_on_in_its_runs(store, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     ids = []
