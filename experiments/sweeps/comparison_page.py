@@ -76,7 +76,7 @@ def _note(found: SweepComparison) -> str:
     if any(row.interval for row in found.rows):
         sizes = [row.interval.scenes for row in found.rows if row.interval]
         parts.append(
-            "95 %: the samples' mean over seeds, scenes resampled whole "
+            "95 %: how the samples' mean over seeds varies, scenes resampled whole "
             f"({min(sizes)} scenes); - base: on the samples that both have, seed by seed; p: signs "
             "of whole scenes flipped, not corrected for the number of rows."
         )
