@@ -256,7 +256,9 @@ def _read_point(folder: Path, entry: Mapping[str, Any], metric: str) -> PointRes
     stages = {kind: folder / "stages" / task for kind, task in entry["stages"].items()}
     place = folder / "points" / entry["id"]
     state, error = _state(stages, place)
-    value, samples, card = None, {}, None
+    value: float | None = None
+    samples: dict[str, tuple[str, float]] = {}
+    card: ProtocolCard | None = None
     if state == "finished":
         path = place / RESULTS
         content = _json(path)
