@@ -191,19 +191,26 @@ def _row(
         tuple(used.values()),
         statistics.fmean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
-        _interval(list(used.values())),
+        _interval(list(used.values()), values),
         test,
         statistics.fmean(seconds) if seconds else None,
         statistics.fmean(parameters) if parameters else None,
     )
 
 
-def _interval(points: Sequence[PointResult]) -> Interval | None:
+def _interval(points: Sequence[PointResult], values: Sequence[float]) -> Interval | None:
+    """The interval of the samples' mean, moved to the mean of the metric.
+
+    The two differ where samples lack a part of their future: the metric then averages step by step.
+    """
     tokens = _shared_tokens(points)
     if not tokens:
         return None
     scenes = [points[0].samples[token][0] for token in tokens]
-    return bootstrap(_means(points, tokens), np.ones(len(tokens), bool), scenes)
+    found = bootstrap(_means(points, tokens), np.ones(len(tokens), bool), scenes)
+    mean = statistics.fmean(values)
+    move = mean - found.value
+    return Interval(mean, found.low + move, found.high + move, found.scenes)
 
 
 def _paired(first: Sequence[PointResult], second: Sequence[PointResult]) -> PairedTest | None:
@@ -249,7 +256,9 @@ def _read_point(folder: Path, entry: Mapping[str, Any], metric: str) -> PointRes
     stages = {kind: folder / "stages" / task for kind, task in entry["stages"].items()}
     place = folder / "points" / entry["id"]
     state, error = _state(stages, place)
-    value, samples, card = None, {}, None
+    value: float | None = None
+    samples: dict[str, tuple[str, float]] = {}
+    card: ProtocolCard | None = None
     if state == "finished":
         path = place / RESULTS
         content = _json(path)

@@ -42,7 +42,7 @@ def tables_of(found: SweepComparison) -> list[ResultTable]:
 
 def _table(found: SweepComparison, title: str, rows: Sequence[Row], note: str) -> ResultTable:
     best = found.best(rows)
-    marked = frozenset() if best is None else frozenset({(best, MEAN)})
+    marked: frozenset[tuple[int, int]] = frozenset() if best is None else frozenset({(best, MEAN)})
     columns = ("n", "mean", "sd", "95 %", "- base", "95 % ", "p", "s", "M par.", "state")
     cells = tuple((row.title, _cells(row, base=number == 0)) for number, row in enumerate(rows))
     return ResultTable(title, columns, cells, note=note, digits=3, bold=marked)
@@ -76,7 +76,7 @@ def _note(found: SweepComparison) -> str:
     if any(row.interval for row in found.rows):
         sizes = [row.interval.scenes for row in found.rows if row.interval]
         parts.append(
-            "95 %: the samples' mean over seeds, scenes resampled whole "
+            "95 %: how the samples' mean over seeds varies, scenes resampled whole "
             f"({min(sizes)} scenes); - base: on the samples that both have, seed by seed; p: signs "
             "of whole scenes flipped, not corrected for the number of rows."
         )
