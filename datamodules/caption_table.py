@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,4 +182,6 @@ def _convert(path: Path, table: Path, source: str) -> None:
                 flush()
         if rows:
             flush()
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
     partial.replace(table)
