@@ -91,10 +91,14 @@ def check_version(root: Path, version: str) -> Path:
 def index_places(root: Path, version: str) -> tuple[Path, ...]:
     """Where an index may lie: beside the data, or in ODVLA_CACHE (~/.cache/odvla)."""
     beside = root / f"odvla-index-{version}.arrow"
-    fallback = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "odvla"
-    cache = Path(os.environ.get("ODVLA_CACHE", fallback)).expanduser()
     name = hashlib.sha256(str(root).encode()).hexdigest()[:12]
-    return beside, cache / f"{root.name}-{name}-{version}.arrow"
+    return beside, cache_folder() / f"{root.name}-{name}-{version}.arrow"
+
+
+def cache_folder() -> Path:
+    """Where files made from data are kept: ODVLA_CACHE, or ~/.cache/odvla."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "odvla"
+    return Path(os.environ.get("ODVLA_CACHE", fallback)).expanduser()
 
 
 def writable(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.agents import boxes_in_lidar, learnable_rows
+from datamodules.caption_table import caption_rows
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
     FrameRecords,
@@ -19,7 +20,7 @@ from datamodules.conversations import (
     LanguageDataModule,
     group_by_frame,
 )
-from datamodules.language_files import dict_items, read_json, text_field, warn_unused
+from datamodules.language_files import warn_unused
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
@@ -34,12 +35,11 @@ def read_tod3cap(path: Path, index: Index) -> dict[int, tuple[Caption, ...]]:
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, token and field.
     """
-    content = read_json(path)
     pairs: list[tuple[int, Caption]] = []
     rows = index.annotation_rows
-    for token, record in dict_items(content, path):
-        caption = text_field(record, "final_caption", path, token)
-        sample = text_field(record, "sample_token", path, token)
+    total = 0
+    for token, sample, caption in caption_rows(path):
+        total += 1
         row = rows.get(token)
         if row is None:
             continue
@@ -50,7 +50,7 @@ def read_tod3cap(path: Path, index: Index) -> dict[int, tuple[Caption, ...]]:
                 f"sample {index.frames[frame].token!r}"
             )
         pairs.append((frame, (row, caption)))
-    warn_unused(path, len(pairs), len(content))
+    warn_unused(path, len(pairs), total)
     return group_by_frame(iter(pairs))
 
 
