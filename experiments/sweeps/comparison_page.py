@@ -35,8 +35,8 @@ def tables_of(found: SweepComparison) -> list[ResultTable]:
         tables.append(_table(found, f"{found.name}: {name}, other axes averaged", rows, note))
     missing = [point for point in found.points if point.value is None]
     if missing:
-        rows = tuple((point.title, (point.state, point.error or None)) for point in missing)
-        tables.append(ResultTable("Points without a result", ("state", "why"), rows))
+        why = tuple((point.title, (point.state, point.error or None)) for point in missing)
+        tables.append(ResultTable("Points without a result", ("state", "why"), why))
     return tables
 
 
