@@ -97,7 +97,11 @@ def load_arrays(path: Path) -> Any:
         with path.open("rb") as file:
             return _ArrayUnpickler(file).load()
     except FileNotFoundError as error:
-        raise UserError(f"language file {path} does not exist") from error
+        raise UserError(f"the pickle file {path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise UserError(f"{path} asks for more memory than there is: {error}") from error
     except _RefusedError as error:
         raise UserError(f"{path} is refused: it names {error}, where only arrays may be") from error
     except (
@@ -108,6 +112,8 @@ def load_arrays(path: Path) -> Any:
         AttributeError,
         IndexError,
         KeyError,
+        ImportError,
+        OverflowError,
     ) as error:
         raise UserError(f"{path} is not a whole pickle file: {error}") from error
 

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig, map_text
-from datamodules.gpt_driver import GPTDriverConfig
+from datamodules.gpt_driver import GPTDriverConfig, load_arrays
 from datamodules.index_file import load_index
 from datamodules.mixture import MixtureConfig
 from datamodules.nucaption import NuCaptionConfig
@@ -360,6 +360,20 @@ def test_a_pickle_cannot_run_code(root, tmp_path):
     path.write_bytes((root / "language/gpt_driver/cached_nuscenes_info.pkl").read_bytes()[:-40])
     with pytest.raises(UserError, match=r"cached_nuscenes_info\.pkl is not a whole pickle"):
         data.source("train")
+
+
+class _Huge:
+    def __reduce__(self):
+        return (np.ndarray, ((10**15,),))
+
+
+def test_a_pickle_that_cannot_be_held_or_read_is_named(tmp_path):
+    path = tmp_path / "plans.pkl"
+    path.write_bytes(pickle.dumps({"token": _Huge()}))
+    with pytest.raises(UserError, match=r"plans\.pkl asks for more memory than there is"):
+        load_arrays(path)
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+        load_arrays(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
