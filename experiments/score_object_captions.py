@@ -7,6 +7,7 @@ nuScenes has it) and caption.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,11 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
 
     data = open_data(request.data, request.version)
     path = request.references or Path(request.data) / "language" / TOD3CapConfig().caption_file
-    annotated, wanted = _annotated(data, path, request.split)
+    numbers_of_split = data.frame_numbers(request.split)
+    wanted = {data.index.frames[number].token for number in numbers_of_split}
+    annotated = _annotated(data, path, set(numbers_of_split))
+    if not annotated:
+        raise UserError(f"{path} holds no caption of the {request.split} split of {request.data}")
     predicted, extra = [], []
     for token, boxes in submission.results.items():
         if token not in wanted:
@@ -94,22 +99,16 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
     return Found(Report(title, (table,), numbers), tuple(said))
 
 
-def _annotated(
-    data: NuScenesDataModule, path: Path, split: str
-) -> tuple[list[ObjectCaption], set[str]]:
-    """Captioned boxes of the split, and the tokens of the key-frames that have any."""
+def _annotated(data: NuScenesDataModule, path: Path, frames: set[int]) -> list[ObjectCaption]:
+    """Captioned boxes of some key-frames."""
     index = data.index
     boxes = []
     for number, captions in read_tod3cap(path, index).items():
-        frame = index.frames[number]
-        if index.scenes[frame.scene].split != split:
-            continue
-        for row, caption in captions:
+        for row, caption in captions if number in frames else ():
             width, length, height = index.annotations.size[row].tolist()
-            boxes.append(ObjectCaption(frame.token, (width, length, height), caption))
-    if not boxes:
-        raise UserError(f"{path} holds no caption of the {split} split of {data.config.root}")
-    return boxes, {box.sample_token for box in boxes}
+            token = index.frames[number].token
+            boxes.append(ObjectCaption(token, (width, length, height), caption))
+    return boxes
 
 
 def _object(box: Any, token: str, number: int, path: Path) -> ObjectCaption:
@@ -120,7 +119,7 @@ def _object(box: Any, token: str, number: int, path: Path) -> ObjectCaption:
     if not (
         isinstance(size, list)
         and len(size) == 3
-        and all(isinstance(value, int | float) and value > 0 for value in size)
+        and all(isinstance(value, int | float) and 0 < value < math.inf for value in size)
     ):
         raise UserError(f"{where}: size must be width, length and height in metres, all above 0")
     width, length, height = map(float, size)

@@ -277,9 +277,20 @@ def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_
     assert half["scores"]["BLEU-4"] == pytest.approx(50, abs=1e-3)
     assert found["counts"]["extra"] == ["nowhere"]
 
-    path.write_text(json.dumps([{**plain[0], "size": [1.0, 2.0]}]))
-    with pytest.raises(UserError, match=r"box 0: size must be width, length and height"):
-        score(ScoreRequest(path, town_root))
+    # A key-frame where nothing is annotated belongs to the split: its boxes count as not kept.
+    bare = tmp_path / "bare.json"
+    kept = {token: found for token, found in captions.items() if found["sample_token"] != tokens[0]}
+    bare.write_text(json.dumps(kept))
+    path.write_text(json.dumps(plain))
+    found = score(ScoreRequest(path, town_root, references=bare)).report.numbers
+    rest = found["object_captions"]["0.5"]
+    assert (rest["kept"], rest["predictions"]) == (len(tokens) - 1, len(tokens))
+    assert found["counts"]["n_extra"] == 0
+
+    for size in ([1.0, 2.0], [1.0, 2.0, float("inf")], [1.0, 2.0, float("nan")]):
+        path.write_text(json.dumps([{**plain[0], "size": size}]))
+        with pytest.raises(UserError, match=r"box 0: size must be width, length and height"):
+            score(ScoreRequest(path, town_root))
 
 
 def test_the_verb_scores_a_town(town_root, tmp_path, capsys):
