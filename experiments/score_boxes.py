@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.evaluation import detection_table, tracking_table
 from experiments.report import Report
-from experiments.submissions import Submission, named
+from experiments.submissions import Submission, coverage
 from odvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,21 +39,15 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
     nuscenes = NuScenes(version, dataroot=str(request.data), verbose=False)
     split = SPLITS[version][request.split]
     wanted = samples_of_split(nuscenes, split)
-    extra = [token for token in submission.results if token not in set(wanted)]
-    missing = [token for token in wanted if token not in submission.results]
-    if len(missing) == len(wanted):
+    counts, said = coverage(submission, wanted)
+    if not counts["used"]:
         raise UserError(
             f"{submission.path}: none of its {len(submission.results)} samples is a key-frame of "
-            f"the {request.split} split of {request.data}, e.g. {extra[0]}"
+            f"the {request.split} split of {request.data}, e.g. {counts['extra'][0]}"
         )
     results = {token: submission.results[token] for token in wanted if token in submission.results}
     for token, boxes in results.items():
         _check(boxes, token, submission)
-    said = []
-    if missing:
-        said.append(f"{len(missing)} of {len(wanted)} key-frames have no entry: {named(missing)}")
-    if extra:
-        said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
     with tempfile.TemporaryDirectory() as folder:
         if submission.kind == "detection":
             summary = evaluate_detections(nuscenes, split, results, Path(folder))
@@ -61,15 +55,6 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
         else:
             summary = evaluate_tracks(nuscenes, split, results, Path(folder))
             table = tracking_table(summary, len(results))
-    counts = {
-        "in_file": len(submission.results),
-        "in_split": len(wanted),
-        "used": len(results),
-        "n_missing": len(missing),
-        "n_extra": len(extra),
-        "missing": missing,
-        "extra": extra,
-    }
     numbers: dict[str, Any] = {
         "predictions": str(submission.path),
         "data": str(request.data),

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.tod3cap import TOD3CapConfig, read_tod3cap
 from experiments.report import Report, ResultTable
-from experiments.submissions import Submission, named
+from experiments.submissions import Submission, coverage
 from odvla.errors import UserError
-from odvla.metrics.object_captions import THRESHOLDS, ObjectCaption, score_object_captions
+from odvla.metrics.object_captions import METRICS, THRESHOLDS, ObjectCaption, score_object_captions
 
 if TYPE_CHECKING:
     from datamodules.nuscenes import NuScenesDataModule
     from experiments.score import Found, ScoreRequest
-
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
 def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Found:
@@ -34,24 +32,24 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
 
     data = open_data(request.data, request.version)
     path = request.references or Path(request.data) / "language" / TOD3CapConfig().caption_file
-    numbers_of_split = data.frame_numbers(request.split)
-    wanted = {data.index.frames[number].token for number in numbers_of_split}
-    annotated = _annotated(data, path, set(numbers_of_split))
+    frames = data.frame_numbers(request.split)
+    wanted = [data.index.frames[number].token for number in frames]
+    counts, said = coverage(submission, wanted)
+    annotated = _annotated(data, path, set(frames))
     if not annotated:
         raise UserError(f"{path} holds no caption of the {request.split} split of {request.data}")
-    predicted, extra = [], []
-    for token, boxes in submission.results.items():
-        if token not in wanted:
-            extra.append(token)
-            continue
-        predicted += [_object(box, token, k, submission.path) for k, box in enumerate(boxes)]
+    known = set(wanted)
+    predicted = [
+        _object(box, token, number, submission.path)
+        for token, boxes in submission.results.items()
+        if token in known
+        for number, box in enumerate(boxes)
+    ]
     if not predicted:
         raise UserError(
-            f"{submission.path}: none of its {len(submission.results)} samples is a key-frame of "
-            f"the {request.split} split of {request.data} with captioned boxes, e.g. "
-            f"{named(submission.results)}"
+            f"{submission.path} holds no box in any key-frame of the {request.split} split of "
+            f"{request.data}"
         )
-    missing = sorted(wanted - set(submission.results))
     found = {k: score_object_captions(predicted, annotated, k) for k in THRESHOLDS}
     table = ResultTable(
         title="object captions",
@@ -67,11 +65,6 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
         "predictions; objects that nobody described cost nothing.",
         digits=1,
     )
-    said = []
-    if missing:
-        said.append(f"{len(missing)} of {len(wanted)} key-frames have no box: {named(missing)}")
-    if extra:
-        said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
     numbers: dict[str, Any] = {
         "predictions": str(submission.path),
         "data": str(request.data),
@@ -85,15 +78,7 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
             }
             for threshold, scores in found.items()
         },
-        "counts": {
-            "in_file": len(submission.results),
-            "in_split": len(wanted),
-            "used": len(submission.results) - len(extra),
-            "n_missing": len(missing),
-            "n_extra": len(extra),
-            "missing": missing,
-            "extra": extra,
-        },
+        "counts": counts,
     }
     title = request.name or submission.path.name
     return Found(Report(title, (table,), numbers), tuple(said))

@@ -16,7 +16,7 @@ Nothing is dropped silently: what does not belong, is there twice or cannot be u
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,36 @@ def read_submission(path: Path) -> Submission:
     if isinstance(content, dict):
         return _from_tokens(path, content)
     raise UserError(f"{path} holds a single value, no predictions")
+
+
+def coverage(submission: Submission, wanted: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Which key-frames of a split a submission of boxes has an entry for.
+
+    Args:
+        submission: with `results`.
+        wanted: tokens of the split's key-frames.
+
+    Returns:
+        Counts and tokens for results.json, and what the user should be told.
+    """
+    known = set(wanted)
+    extra = [token for token in submission.results if token not in known]
+    missing = [token for token in wanted if token not in submission.results]
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of {len(wanted)} key-frames have no entry: {named(missing)}")
+    if extra:
+        said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
+    counts = {
+        "in_file": len(submission.results),
+        "in_split": len(wanted),
+        "used": len(submission.results) - len(extra),
+        "n_missing": len(missing),
+        "n_extra": len(extra),
+        "missing": missing,
+        "extra": extra,
+    }
+    return counts, said
 
 
 def named(tokens: Iterable[str]) -> str:

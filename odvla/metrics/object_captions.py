@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from odvla.metrics.captions import score_captions
 
 THRESHOLDS = (0.25, 0.5)
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,13 @@ def score_object_captions(
             overlap = size_iou(np.array([box.size], float), sizes)[0]
             if overlap.max() > threshold:
                 pairs.append((box.caption, there[int(overlap.argmax())].caption))
-    names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
     if not pairs:
-        return ObjectCaptionScores(threshold, 0, len(predicted), dict.fromkeys(names, 0.0))
+        return ObjectCaptionScores(threshold, 0, len(predicted), dict.fromkeys(METRICS, 0.0))
     found = score_captions([said for said, _ in pairs], [true for _, true in pairs])
     share = len(pairs) / len(predicted)
     values = (*found.bleu, found.meteor, found.rouge_l, found.cider)
     scores = {
         name: None if value is None else value * share
-        for name, value in zip(names, values, strict=True)
+        for name, value in zip(METRICS, values, strict=True)
     }
     return ObjectCaptionScores(threshold, len(pairs), len(predicted), scores)
