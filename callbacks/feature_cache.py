@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import track
 
+from callbacks.remember import look_at_scenes
 from odvla.config import config_hash, to_tree
 from odvla.errors import UserError
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
@@ -48,11 +49,10 @@ class CacheSettings:
         """What the tokens depend on."""
         config = data.config
         clip = self.past == "clip"
-        images = (config.image_size, config.crop_top, config.pad_multiple)
         return FeatureKey(
             vision_sha256=vision_sha256(vla),
             model=config_hash([to_tree(vla.config.encoder), to_tree(vla.config.queries)]),
-            images=config_hash(to_tree(images)),
+            images=config_hash(to_tree(config.image_geometry)),
             data=self.fingerprint,
             past=f"clip of {config.clip_length}" if clip else "scene",
             rows=config.batch_size if clip else config.eval_batch_size,
@@ -201,20 +201,23 @@ class FeatureCache:
             rounded |= not torch.equal(old.feats, new.feats)
         return rounded
 
-    @torch.no_grad()
     def _look(self, loader: Any) -> Iterator[tuple[Batch, Perception]]:
         """Every batch and what the vision half makes of it."""
-        state = None
-        bf16 = self.settings.precision == "bf16-mixed" and self.settings.past == "clip"
+        if self.settings.past == "scene":
+            return look_at_scenes(self.vla, loader, self.device)
+        return self._look_at_clips(loader)
+
+    @torch.no_grad()
+    def _look_at_clips(self, loader: Any) -> Iterator[tuple[Batch, Perception]]:
+        """Each clip anew and in two parts, as a step of training looks at it."""
+        bf16 = self.settings.precision == "bf16-mixed"
         for batch in loader:
             moved: Batch = batch.to(self.device)
+            state = None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                if self.settings.past == "clip":
-                    # In two parts, as a step of training looks at it.
-                    state = None
-                    if len(moved.clip) > 1:
-                        _, state = self.vla.perceive(moved.clip[:-1])
-                seen, state = self.vla.perceive(moved.clip[-1:], state)
+                if len(moved.clip) > 1:
+                    _, state = self.vla.perceive(moved.clip[:-1])
+                seen, _ = self.vla.perceive(moved.clip[-1:], state)
             yield moved, seen
 
     def _token(self, frame: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning
@@ -13,9 +14,21 @@ from rich.progress import track
 from odvla.errors import UserError
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
 from odvla.types import Batch
-from odvla.vla import DrivingVLA
+from odvla.vla import DrivingVLA, Perception
 
 log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def look_at_scenes(
+    vla: DrivingVLA, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, Perception]]:
+    """Streamed key-frames, on the device, and what the vision half makes of each."""
+    state = None
+    for batch in batches:
+        moved: Batch = batch.to(device)
+        seen, state = vla.perceive(moved.clip, state)
+        yield moved, seen
 
 
 class RememberTokens(Callback):
@@ -67,19 +80,16 @@ class RememberTokens(Callback):
             self.whole.to("cpu")
         pl_module.memory = self.memories[key]
 
-    @torch.no_grad()
     def _look(
         self, trainer: lightning.Trainer, vla: DrivingVLA, device: torch.device
     ) -> TokenMemory:
         memory = TokenMemory()
         data = trainer.datamodule  # type: ignore[attr-defined]
         for split in ("train", "val"):
-            state = None
             loader = data.stream(split, talk=False, everything=True)
             title = f"looking at the {split} scenes"
-            for batch in track(loader, title, transient=True, disable=not self.progress):
-                moved: Batch = batch.to(device)
-                seen, state = vla.perceive(moved.clip, state)
-                memory.keep(moved.valid_rows(), seen)
+            bar = track(loader, title, transient=True, disable=not self.progress)
+            for batch, seen in look_at_scenes(vla, bar, device):
+                memory.keep(batch.valid_rows(), seen)
         log.info("stage %s: the vision half saw %d key-frames", self.stage, len(memory))
         return memory

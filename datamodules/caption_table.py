@@ -63,7 +63,10 @@ def ensure_table(path: Path) -> Path:
         if not _fits(table, source):
             log.info("converting %s to %s, once", path, table)
             table.parent.mkdir(parents=True, exist_ok=True)
-            _convert(path, table, source)
+            try:
+                _convert(path, table, source)
+            finally:
+                partial_path(table).unlink(missing_ok=True)
     return table
 
 

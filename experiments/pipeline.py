@@ -33,9 +33,9 @@ from experiments.handoff import (
 from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
 from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
-from experiments.stage_run import StageRun, Workshop, is_first_process
+from experiments.stage_run import CONFIG, StageRun, Workshop, is_first_process
 from experiments.tracking import Tracker
-from odvla.config import config_hash, dump, flat
+from odvla.config import config_hash, flat
 from odvla.errors import UserError
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.weights import write_atomically
@@ -61,7 +61,7 @@ class Pipeline:
         """
         shop = self.shop
         if is_first_process():
-            write_atomically(shop.folder / "config.yaml", dump(shop.config).encode())
+            shop.write_config()
         tags = {"seed": shop.config.seed, "git_commit": git_commit()}
         tags["data_fingerprint"] = shop.fingerprint
         shop.tracker.start(flat(shop.config), {"experiment": shop.config.name, **tags})
@@ -157,7 +157,7 @@ class Pipeline:
         for name, numbers in report.numbers.items():
             shop.tracker.log_numbers(name, numbers)
         shop.tracker.log_numbers("", report.numbers)
-        written = (folder / "table.md", folder / "results.json", shop.folder / "config.yaml")
+        written = (folder / "table.md", folder / "results.json", shop.folder / CONFIG)
         shop.tracker.log_files("", *written, *pictures)
         shop.tracker.close("")
         write_atomically(note, json.dumps(made_from, indent=1).encode())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.planning_evaluation import MODEL
 from experiments.published_tables import PLAN_COLUMNS, published_plans
 from experiments.report import ResultTable
 from odvla.errors import UserError
@@ -20,7 +21,6 @@ from odvla.metrics.intervals import PairedTest, paired_test
 from odvla.metrics.protocol import PRESETS, ProtocolCard, refuse_to_mix
 
 Record = dict[str, Any]
-MODEL = "OpenDriveVLA"
 ENDS = ("1s", "2s", "3s", "avg")
 NUSCENES_VAL = 6019  # key-frames of the val split
 

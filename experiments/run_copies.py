@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers
+from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers, shown
 from odvla.errors import UserError
 
 PUSHED, SOURCE, WHOLE = "odvla.pushed", "odvla.pushed_from", "odvla.pushed_whole"
@@ -64,7 +64,7 @@ def push(store: str, target: str, run_id: str = "") -> Push:
         UserError: the server does not answer or refuses, or there is no such run.
     """
     if not answers(target):
-        raise UserError(f"the MLflow server {target} does not answer; nothing was pushed")
+        raise UserError(f"the MLflow server {shown(target)} does not answer; nothing was pushed")
     source, sink = MlflowClient(tracking_uri=store), MlflowClient(tracking_uri=target)
     runs = all_runs(source)
     if run_id:
@@ -101,7 +101,7 @@ def push(store: str, target: str, run_id: str = "") -> Push:
         _adopt(sink, done.copied, before)
     except MlflowException as error:
         raise UserError(
-            f"pushing to {target} stopped after {len(done.copied)} runs: {error.message}"
+            f"pushing to {shown(target)} stopped after {len(done.copied)} runs: {error.message}"
         ) from error
     return done
 
@@ -156,11 +156,11 @@ def _adopt(sink: MlflowClient, copied: dict[str, str], before: dict[str, Run]) -
 
 def _place(run: Run, target: str) -> str:
     """Id of a run's copy at the server; "": there is none."""
-    return json.loads(run.data.tags.get(PUSHED, "{}")).get(target.rstrip("/"), "")
+    return json.loads(run.data.tags.get(PUSHED, "{}")).get(shown(target).rstrip("/"), "")
 
 
 def _note(source: MlflowClient, run: Run, target: str, copy: str) -> None:
-    places = json.loads(run.data.tags.get(PUSHED, "{}")) | {target.rstrip("/"): copy}
+    places = json.loads(run.data.tags.get(PUSHED, "{}")) | {shown(target).rstrip("/"): copy}
     source.set_tag(run.info.run_id, PUSHED, json.dumps(places))
 
 

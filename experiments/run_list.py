@@ -9,7 +9,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from experiments.report import ResultTable
-from experiments.run_copies import MEANT_FOR, PARENT, PUSHED, all_runs
+from experiments.run_copies import PARENT, PUSHED, all_runs
+from experiments.tracking_store import MEANT_FOR, shown
 
 SHORT = 8  # digits of ids and hashes
 # The first of these that a run has is its main metric.
@@ -44,8 +45,8 @@ def run_table(uri: str) -> ResultTable:
     add("", 0)
     columns = ("run", "stage", "parent", "from", "card", "data", "began", "status", "main metric")
     note = (
-        f"{len(runs)} runs of {uri}; from: the handoff that a stage began with, card: the one that "
-        "it left, data: fingerprint; hashes and ids by their first digits."
+        f"{len(runs)} runs of {shown(uri)}; from: the handoff that a stage began with, card: the "
+        "one that it left, data: fingerprint; hashes and ids by their first digits."
     )
     return ResultTable("Runs", columns, tuple(rows), note=note)
 

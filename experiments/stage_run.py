@@ -49,7 +49,7 @@ from experiments.prepare import data_module
 from experiments.schema import ExperimentConfig
 from experiments.strategies import evaluation_strategy, is_sharded, strategy_of
 from experiments.tracking import Tracker
-from odvla.config import flat, to_tree
+from odvla.config import dump, flat, to_tree
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.ops.backends import describe_backend
 from odvla.token_memory import TokenMemory
@@ -62,6 +62,7 @@ from stages.sharding import gather_into
 log = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
 STARTED = "started.json"
+CONFIG = "config.yaml"  # in the experiment's folder
 FEATURES = "feature_cache"  # folder of the caches, beside the experiments' folders
 _T = TypeVar("_T")
 
@@ -79,6 +80,10 @@ class Workshop:
     progress: bool
     memories: dict[str, TokenMemory] = field(default_factory=dict)
     callbacks: tuple[Callback, ...] = ()  # more of them, in training
+
+    def write_config(self) -> None:
+        """Leave what was asked for in the experiment's folder."""
+        write_atomically(self.folder / CONFIG, dump(self.config).encode())
 
 
 def is_first_process() -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers, local_store, store_uri
+from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers, local_store, shown, store_uri
 from odvla.weights import write_atomically
 
 if TYPE_CHECKING:
@@ -119,11 +119,11 @@ class Tracker:
             log.warning(
                 "the MLflow server %s does not answer: this run is logged to %s; later, "
                 "`lightning_app.py runs push %s` brings it there",
-                self.uri,
+                shown(self.uri),
                 local,
-                self.uri,
+                shown(self.uri),
             )
-            self._meant, self.uri = self.uri, local
+            self._meant, self.uri = shown(self.uri), local
         self._client = MlflowClient(tracking_uri=self.uri)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         if found is None:

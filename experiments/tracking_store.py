@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def local_store(runs: Path) -> str:
 def store_uri(runs: Path) -> str:
     """URI of the store that is meant: MLFLOW_TRACKING_URI, or the local one."""
     return os.environ.get("MLFLOW_TRACKING_URI") or local_store(runs)
+
+
+def shown(uri: str) -> str:
+    """A store's URI as it may be told and kept: without a user's name and password."""
+    parts = urllib.parse.urlsplit(uri)
+    if not parts.username and not parts.password:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def answers(uri: str, patience_s: float = PATIENCE_S) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.result_files import MODEL
+from experiments.handoff import CARD, WEIGHTS
+from experiments.planning_evaluation import MODEL, OWN
 from experiments.sweeps.graph import FAILED, MANIFEST, RESULTS, SCORE, read_manifest
 from experiments.sweeps.work import STATUS
 from odvla.errors import UserError
@@ -25,9 +26,6 @@ from odvla.metrics.intervals import Interval, PairedTest, bootstrap, paired_test
 from odvla.metrics.protocol import ProtocolCard, refuse_to_mix
 
 Record = dict[str, Any]
-WEIGHTS, CARD = "vla.safetensors", "card.json"
-# Protocols that results.json also has under names of its own, see planning_evaluation.py.
-OWN_NAMES = {"mean_up_to_t": "odvla_stp3", "value_at_t": "odvla_uniad"}
 AVERAGE_L2 = ("l2_average_m", "l2_avg_m")  # numbers that every sample has a part in
 
 
@@ -356,7 +354,7 @@ def _samples(content: Record, metric: str) -> dict[str, tuple[str, float]]:
     parts = metric.split(".")
     if MODEL not in parts or len(parts) < 2 or parts[-1] not in AVERAGE_L2:
         return {}
-    protocol = OWN_NAMES.get(parts[-2], parts[-2])
+    protocol = {own: name for name, own in OWN.items()}.get(parts[-2], parts[-2])
     return {
         record["sample_token"]: (record["scene"], record["l2_avg_m"][protocol])
         for record in content.get("samples", ())

@@ -232,12 +232,12 @@ def track_comparison(folder: Path, files: Sequence[Path]) -> str:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    from experiments.tracking_store import answers
+    from experiments.tracking_store import answers, shown
 
     kept = json.loads(note.read_text())
     uri, run = kept["uri"], kept["runs"].get("", "")
     if not answers(uri):
-        log.warning("the MLflow server %s does not answer: the comparison is not logged", uri)
+        log.warning("the MLflow server %s does not answer: nothing is logged there", shown(uri))
         return ""
     try:
         client = MlflowClient(tracking_uri=uri)

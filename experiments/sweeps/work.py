@@ -24,7 +24,7 @@ from experiments.prepare import build_model, prepare_data
 from experiments.stage_run import StageRun, Workshop
 from experiments.sweeps.graph import FAILED, SCORE, SweepPlan, Task
 from experiments.tracking import Tracker
-from odvla.config import dump, flat
+from odvla.config import flat
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.token_memory import TokenMemory
 from odvla.weights import write_atomically
@@ -172,7 +172,7 @@ def _score(plan: SweepPlan, task: Task, tracked: SweepRuns) -> None:
         link.symlink_to(target, target_is_directory=True)
     lineage = {f"stage.{stage.kind}": card_sha256(plan.stage_folder(stage)) for stage in chain}
     shop = _workshop(plan, task, tracked, False, {})
-    write_atomically(folder / "config.yaml", dump(shop.config).encode())
+    shop.write_config()
     shop.tracker.start(flat(shop.config), {**tracked.tags(task), **lineage})
     Pipeline(shop, tuple(stage.kind for stage in chain), None).report(Console(quiet=True))
 
@@ -226,6 +226,6 @@ def open_sweep_run(plan: SweepPlan, runs: Path) -> str:
     return tracker.run_id
 
 
-def close_sweep_run(plan: SweepPlan, runs: Path) -> None:
-    """End the sweep's MLflow run; the next start of the sweep goes on in it."""
-    Tracker(plan.folder, runs, plan.sweep.name, active=True).close("")
+def close_sweep_run(plan: SweepPlan, runs: Path, error: BaseException | None = None) -> None:
+    """End the sweep's MLflow run, well or by an error; the next start goes on in it."""
+    Tracker(plan.folder, runs, plan.sweep.name, active=True).close("", error)

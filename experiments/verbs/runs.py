@@ -59,7 +59,7 @@ def list_runs(options: argparse.Namespace) -> None:
 def push_runs(options: argparse.Namespace) -> None:
     """Copy runs, say what was done."""
     from experiments.run_copies import push
-    from experiments.tracking_store import local_store
+    from experiments.tracking_store import local_store, shown
 
     quiet_libraries()
     runs = runs_of(options)
@@ -68,7 +68,7 @@ def push_runs(options: argparse.Namespace) -> None:
     console = wide_console()
     with console.status("copying"):
         done = push(local_store(runs), options.uri, options.run_id)
-    text = f"{len(done.copied)} runs copied to {options.uri}, {len(done.skipped)} were there"
+    text = f"{len(done.copied)} runs copied to {shown(options.uri)}, {len(done.skipped)} were there"
     if done.running:
         text += (
             f"; {len(done.running)} have not ended and are left out (--run ID takes one as it is)"
@@ -98,7 +98,7 @@ def _store(options: argparse.Namespace) -> str:
     Raises:
         UserError: it does not exist, or does not answer.
     """
-    from experiments.tracking_store import answers, local_store, store_uri
+    from experiments.tracking_store import answers, local_store, shown, store_uri
 
     runs = runs_of(options)
     uri = store_uri(runs)
@@ -106,7 +106,7 @@ def _store(options: argparse.Namespace) -> str:
         raise UserError(f"there are no runs in {runs}: it holds no mlflow.db")
     if not answers(uri):
         raise UserError(
-            f"the MLflow server {uri} does not answer; unset MLFLOW_TRACKING_URI to see the local "
-            "store"
+            f"the MLflow server {shown(uri)} does not answer; unset MLFLOW_TRACKING_URI to see the "
+            "local store"
         )
     return uri

@@ -87,9 +87,12 @@ def run_sweep(options: argparse.Namespace) -> int:
             board = run_tasks(
                 plan.tasks, plan.is_done, engine, retries=options.retries, watch=watch
             )
+    except BaseException as error:
+        close_sweep_run(plan, runs_of(options), error)
+        raise
     finally:
         engine.close()
-        close_sweep_run(plan, runs_of(options))
+    close_sweep_run(plan, runs_of(options))
     counts = ", ".join(f"{count} {outcome}" for outcome, count in board.counts().items())
     console.print(f"{len(plan.points)} points, {len(plan.tasks)} tasks: {counts}")
     return EXIT_FAILED if board.failed else EXIT_OK

@@ -7,6 +7,7 @@ import pytest
 
 from datamodules import caption_table
 from datamodules.caption_table import caption_rows, ensure_table, stream_records
+from datamodules.index_file import cache_folder
 from odvla.errors import UserError
 
 
@@ -82,3 +83,4 @@ def test_what_does_not_fit_is_named_and_leaves_no_table(tmp_path, text, message)
     for _ in range(2):
         with pytest.raises(UserError, match=message):
             list(caption_rows(path))
+    assert not list(cache_folder().glob(".captions-*.partial"))

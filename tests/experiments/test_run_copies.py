@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from experiments.cli import main
 from experiments.run_copies import SOURCE, all_runs, push
 from experiments.tracking import Tracker
-from experiments.tracking_store import MEANT_FOR, answers, local_store
+from experiments.tracking_store import MEANT_FOR, answers, local_store, shown
 from experiments.verbs.runs import ui_command
 from odvla.errors import UserError
 
@@ -59,6 +59,18 @@ def test_an_absent_server_means_the_local_store(runs, absent):
     assert set(found) == {"here", "e", "e/planning"}
     assert found["e"].data.tags[MEANT_FOR] == absent
     assert MEANT_FOR not in found["here"].data.tags
+
+
+def test_a_password_is_neither_told_nor_kept(tmp_path, absent, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", absent.replace("://", "://me:secret@"))
+    Tracker(tmp_path / "e", tmp_path, "e", active=True).start({}, {})
+    (run,) = all_runs(MlflowClient(local_store(tmp_path)))
+    assert run.data.tags[MEANT_FOR] == absent
+    assert "secret" not in caplog.text
+    with pytest.raises(UserError) as refused:
+        push(local_store(tmp_path), absent.replace("://", "://me:secret@"))
+    assert "secret" not in str(refused.value)
+    assert shown("sqlite:///a/b.db") == "sqlite:///a/b.db"
 
 
 def test_an_absent_server_is_told_in_one_sentence(tmp_path, absent, monkeypatch, caplog):

@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from nuscenes import NuScenes
+from nuscenes.eval.detection.utils import category_to_detection_name
 
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.cli import main
@@ -22,6 +24,10 @@ from odvla.metrics.protocol import PRESETS
 from odvla.types import EgoState, PlanTargets
 
 TOKENS = [f"{number:032x}" for number in range(12)]
+
+
+# What the tracking evaluation looks at.
+TRACKED = ("bicycle", "bus", "car", "motorcycle", "pedestrian", "trailer", "truck")
 
 
 class Bends:
@@ -291,6 +297,81 @@ def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_
         path.write_text(json.dumps([{**plain[0], "size": size}]))
         with pytest.raises(UserError, match=r"box 0: size must be width, length and height"):
             score(ScoreRequest(path, town_root))
+
+
+@pytest.fixture(scope="module")
+def annotated_boxes(town_root):
+    """The val annotations as a submission has them: token -> boxes in the global frame."""
+    nuscenes = NuScenes("v1.0-trainval", dataroot=str(town_root), verbose=False)
+    index = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build().index
+    found = {}
+    for scene in index.scenes:
+        for frame in index.frames[scene.first : scene.last] if scene.split == "val" else ():
+            found[frame.token] = boxes = []
+            for token in nuscenes.get("sample", frame.token)["anns"]:
+                box = nuscenes.get("sample_annotation", token)
+                name = category_to_detection_name(box["category_name"])
+                if name is None:
+                    continue
+                velocity = np.nan_to_num(nuscenes.box_velocity(token)[:2]).tolist()
+                attributes = [
+                    nuscenes.get("attribute", token)["name"] for token in box["attribute_tokens"]
+                ]
+                boxes.append(
+                    {
+                        "sample_token": frame.token,
+                        "translation": box["translation"],
+                        "size": box["size"],
+                        "rotation": box["rotation"],
+                        "velocity": velocity,
+                        "detection_name": name,
+                        "detection_score": 0.5,
+                        "attribute_name": next(iter(attributes), ""),
+                        "tracking_name": name,
+                        "tracking_score": 0.5,
+                        "tracking_id": box["instance_token"],
+                    }
+                )
+    return found
+
+
+def test_a_detection_submission_is_scored_by_the_devkit(annotated_boxes, town_root, tmp_path):
+    fields = ("tracking_name", "tracking_score", "tracking_id")
+    results = {
+        token: [{k: v for k, v in box.items() if k not in fields} for box in boxes]
+        for token, boxes in annotated_boxes.items()
+    }
+    first = next(iter(results))
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"meta": {"use_camera": True}, "results": results | {"x": []}}))
+    found = score(ScoreRequest(path, town_root))
+    assert found.report.numbers["detection"]["mean_dist_aps"]["car"] > 0.99
+    assert found.report.numbers["counts"]["extra"] == ["x"]
+    assert "1 entries belong to no key-frame of the split: x" in found.said
+
+    path.write_text(json.dumps({"meta": {}, "results": {**results, first: [{"size": [1, 2]}]}}))
+    with pytest.raises(UserError, match=rf"sample {first}, box 0: field 'sample_token' is missing"):
+        score(ScoreRequest(path, town_root))
+    path.write_text(json.dumps({"meta": {}, "results": {"x": []}}))
+    with pytest.raises(UserError, match="none of its 1 samples is a key-frame of the val split"):
+        score(ScoreRequest(path, town_root))
+
+
+def test_a_tracking_submission_is_scored_by_the_devkit(annotated_boxes, town_root, tmp_path):
+    fields = ("detection_name", "detection_score", "attribute_name")
+    results = {
+        token: [
+            {k: v for k, v in box.items() if k not in fields}
+            for box in boxes
+            if box["tracking_name"] in TRACKED
+        ]
+        for token, boxes in annotated_boxes.items()
+    }
+    path = tmp_path / "tracks.json"
+    path.write_text(json.dumps({"meta": {"use_camera": True}, "results": results}))
+    found = score(ScoreRequest(path, town_root)).report.numbers["tracking"]
+    assert found["label_metrics"]["amota"]["car"] > 0.9
+    assert found["ids"] == 0
 
 
 def test_the_verb_scores_a_town(town_root, tmp_path, capsys):

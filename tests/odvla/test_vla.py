@@ -267,13 +267,13 @@ def test_the_ego_token_can_forget_the_past():
     batch = batch_of(("plan",))
     seen = []
     model.language.register_forward_pre_hook(lambda _, args: seen.append(args[0].embeds))
-    ego, talk = batch.ego, batch.talk
+    ego = batch.ego
     for other in (
         ego,
         replace(ego, history=ego.history + 1),
         replace(ego, steering=ego.steering + 1),
     ):
-        model(replace(batch, ego=other, talk=talk))
+        model(replace(batch, ego=other))
     plain, past, steered = seen
     assert plain.equal(past)
     assert not plain.equal(steered)
