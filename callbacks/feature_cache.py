@@ -22,10 +22,11 @@ from rich.progress import track
 from callbacks.remember import look_at_scenes
 from odvla.config import config_hash, to_tree
 from odvla.errors import UserError
+from odvla.outputs import Perception
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
 from odvla.token_shards import FeatureKey, TokenShards
 from odvla.types import Batch, TokenSet
-from odvla.vla import DrivingVLA, Perception
+from odvla.vla import DrivingVLA
 
 log = logging.getLogger(__name__)
 Past = Literal["scene", "clip"]

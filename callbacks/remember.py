@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import track
 
 from odvla.errors import UserError
+from odvla.outputs import Perception
 from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, Perception
+from odvla.vla import DrivingVLA
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
+from odvla.outputs import Perception
 from odvla.rows import join_rows, rows_of
 from odvla.types import AgentPredictions, TokenSet
-from odvla.vla import DrivingVLA, Perception
+from odvla.vla import DrivingVLA
 
 VISION = ("encoder.", "queries.")  # parameters of the vision half
 

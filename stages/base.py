@@ -17,9 +17,10 @@ from torch import Tensor
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
+from odvla.outputs import Perception, VLAState
 from odvla.token_memory import TokenMemory
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, Perception, VLAState
+from odvla.vla import DrivingVLA
 from stages.optimisation import MuonWithAdamW, OptimiserConfig, parameter_groups
 from stages.sharding import shard
 

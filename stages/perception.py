@@ -19,9 +19,10 @@ from odvla.freezing import FreezePlan
 from odvla.losses.clip import ClipCriterion, ClipLossConfig
 from odvla.losses.perception import PerceptionLossConfig
 from odvla.metrics.map_segmentation import map_cells
+from odvla.outputs import Perception, Teaching, VLAState
 from odvla.rows import rows_of
 from odvla.types import Batch
-from odvla.vla import DrivingVLA, Perception, Teaching, VLAState
+from odvla.vla import DrivingVLA
 from stages.base import Record, StageConfig, StageLoss, StageModule
 from stages.optimisation import LearningRates, OptimiserConfig
 

@@ -10,8 +10,9 @@ from odvla.freezing import FreezePlan
 from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar, Range, plan_grammar
 from odvla.language.waypoints import ParseFailure, PlanForm, median_plan, parse_waypoints
+from odvla.outputs import Perception
 from odvla.types import Batch, Conversation
-from odvla.vla import DrivingVLA, Perception
+from odvla.vla import DrivingVLA
 from stages.base import Record
 from stages.optimisation import LearningRates, OptimiserConfig
 from stages.plan_ablations import KIND_OF, Ablation, OtherVision, tell_less

@@ -9,8 +9,8 @@ import torch
 
 from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar
+from odvla.outputs import Perception, VLAState
 from odvla.types import Batch, Conversation
-from odvla.vla import Perception, VLAState
 from stages.base import Record, StageConfig, StageLoss, StageModule, gather
 
 

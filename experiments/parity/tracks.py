@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
+from odvla.queries.box_codes import boxes_of_codes
 from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.track_life import (
     EGO,
@@ -22,7 +23,7 @@ from odvla.queries.track_life import (
     give_ids,
     move_references,
 )
-from odvla.queries.trackformer import TrackFormer, TrackFormerConfig, boxes_of_codes
+from odvla.queries.trackformer import TrackFormer, TrackFormerConfig
 from odvla.types import BevGrid, SceneFeatures
 from odvla.weight_names import to_odvla
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
-from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig, BEVFormerLayer, turn_bev
+from odvla.encoders.bev_motion import turn_bev
+from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig, BEVFormerLayer
 from odvla.encoders.protocol import EncoderState
 from odvla.encoders.resnet import FPN, ResNet, ResNetConfig
 from odvla.ops.deformable_attention import deformable_attention

@@ -18,7 +18,8 @@ from experiments.parity.tracks import (
     uniad_boxes,
 )
 from experiments.parity.vision import bevformer_config, load_encoder, resnet_config
-from odvla.encoders.bevformer import BEVFormer, can_bus_deltas
+from odvla.encoders.bev_motion import can_bus_deltas
+from odvla.encoders.bevformer import BEVFormer
 from odvla.encoders.protocol import EncoderState
 from odvla.queries.panoptic_map import PanopticMap
 from odvla.queries.track_life import Tracks, give_ids

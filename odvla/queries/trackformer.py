@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from odvla import geometry
 from odvla.losses.clip import ClipMatcher, ClipTargets, Lesson
 from odvla.ops.transformer import DecoderLayer, inverse_sigmoid
+from odvla.queries.box_codes import CODE, boxes_of_codes, codes_of_boxes
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
 from odvla.queries.track_learning import Draws, TrackLearning, learn
 from odvla.queries.track_life import (
@@ -50,7 +50,6 @@ from odvla.types import (
     TokenSet,
 )
 
-CODE = 10  # cx, cy, log w, log l, cz, log h, sin, cos, vx, vy
 EMPTY_LOGIT = -20.0  # of slots that are not in use
 PRIOR = 0.01  # start probability of every class
 
@@ -439,42 +438,6 @@ def drop_last(counted: Tensor) -> Tensor:
     """Without the last True of each row (bool [B, N])."""
     position = counted.cumsum(1)
     return counted & (position < position[:, -1:])
-
-
-def boxes_of_codes(codes: Tensor, *, bottom: bool = False) -> Tensor:
-    """UniAD's codes [..., 10] as boxes [..., 9] of odvla.types.
-
-    UniAD's yaw is that of mmdet3d before 1.0: it grows clockwise, from the direction of -y.
-
-    Args:
-        codes: [..., 10].
-        bottom: the height in the code is that of the box's bottom, as in mmdet3d; otherwise that
-            of its centre.
-    """
-    size = torch.cat([codes[..., 2:4], codes[..., 5:6]], -1).clamp(-6, 6).exp()
-    z = codes[..., 4:5] + size[..., 2:] / 2 if bottom else codes[..., 4:5]
-    yaw = torch.atan2(codes[..., 6:7], codes[..., 7:8])
-    yaw = geometry.wrap_angle(-yaw - torch.pi / 2)
-    return torch.cat([codes[..., :2], z, size, yaw, codes[..., 8:]], -1)
-
-
-def codes_of_boxes(boxes: Tensor, *, bottom: bool = False) -> Tensor:
-    """The way back, for training targets: [..., 9] to [..., 10]."""
-    size = boxes[..., 3:6].clamp(min=1e-2).log()
-    z = boxes[..., 2:3] - boxes[..., 5:6] / 2 if bottom else boxes[..., 2:3]
-    yaw = -boxes[..., 6:7] - torch.pi / 2
-    return torch.cat(
-        [
-            boxes[..., :2],
-            size[..., :2],
-            z,
-            size[..., 2:],
-            yaw.sin(),
-            yaw.cos(),
-            boxes[..., 7:],
-        ],
-        -1,
-    )
 
 
 def _order(chosen: Tensor, mask: Tensor, count: int) -> Tensor:

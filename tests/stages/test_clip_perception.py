@@ -14,11 +14,12 @@ from odvla.errors import UserError
 from odvla.fake_batch import fake_batch
 from odvla.language.causal_lm import LanguageConfig
 from odvla.losses.clip import ClipLossConfig
+from odvla.outputs import Teaching
 from odvla.queries.map import MapQueriesConfig
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.queries.track_learning import TrackLearning
 from odvla.queries.trackformer import TrackFormerConfig
-from odvla.vla import Teaching, VLAConfig
+from odvla.vla import VLAConfig
 from stages.optimisation import LearningRates, OptimiserConfig
 from stages.perception import PerceptionStageConfig
 

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from odvla.encoders import bevformer
+from odvla.encoders.bev_motion import can_bus_deltas, motion_of, turn_bev
 from odvla.encoders.bevformer import (
     BEVFormerConfig,
-    can_bus_deltas,
-    motion_of,
     pillar_points,
     project_pillars,
-    turn_bev,
 )
 from odvla.encoders.check import check_encoder
 from odvla.encoders.protocol import fake_frames

@@ -7,9 +7,10 @@ import torch
 
 from odvla.encoders.protocol import fake_frames
 from odvla.losses.clip import NO_TARGET, ClipLossConfig
+from odvla.queries.box_codes import boxes_of_codes, codes_of_boxes
 from odvla.queries.track_learning import Draws, TrackLearning, paths_of
 from odvla.queries.track_life import EGO, FALSE_TRACK, NOBODY
-from odvla.queries.trackformer import TrackFormerConfig, boxes_of_codes, codes_of_boxes
+from odvla.queries.trackformer import TrackFormerConfig
 from odvla.rows import rows_of
 from odvla.types import AgentTargets, BevGrid, SceneFeatures
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from odvla import geometry
 from odvla.encoders.protocol import fake_frames
+from odvla.queries.box_codes import boxes_of_codes, codes_of_boxes
 from odvla.queries.track_learning import Draws, training_tracks
 from odvla.queries.track_life import (
     EGO,
@@ -20,8 +21,6 @@ from odvla.queries.track_life import (
 )
 from odvla.queries.trackformer import (
     TrackFormerConfig,
-    boxes_of_codes,
-    codes_of_boxes,
     drop_last,
 )
 from odvla.rows import rows_of
