@@ -25,6 +25,7 @@ from odvla.weights import file_sha256, load_weights, write_atomically
 
 log = logging.getLogger(__name__)
 WEIGHTS, CARD, TOKENIZER = "vla.safetensors", "card.json", "tokenizer"
+VISION = ("encoder", "queries")
 FORMAT = 1
 _WHOLE_FILE_BYTES = 1 << 22
 
@@ -57,6 +58,16 @@ class Card:
     init_identity: str | None = None
     init: dict[str, Any] | None = None
     format: int = FORMAT
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model that the weights stand for; (): all.
+
+        Where perception comes first, language model and projectors still have their first weights.
+        These are not handed over: whoever starts from here may have others.
+        """
+        alone = self.stage == "perception" and self.parent_stage is None
+        return VISION if alone else ()
 
     def write(self, folder: Path) -> None:
         """Finish a stage."""
@@ -157,7 +168,7 @@ def learned_dialect(
 
 
 def load_handoff(folder: Path, stage: str, vla: Any, config: ExperimentConfig) -> Card:
-    """Fill the model with the weights that `stage` starts from.
+    """Fill the model with the weights that `stage` starts from, those of Card.parts.
 
     Args:
         folder: a finished stage.
@@ -170,9 +181,13 @@ def load_handoff(folder: Path, stage: str, vla: Any, config: ExperimentConfig) -
     """
     card = check_handoff(folder, stage)
     check_dialect(folder, card, config)
-    load_weights(vla, folder / WEIGHTS)
+    load_weights(vla, folder / WEIGHTS, card.parts)
     before, now = flat(card.config.get("model", {})), flat(to_tree(config.model))
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    changed = [
+        key
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and (not card.parts or key.startswith(card.parts))
+    ]
     if changed:
         log.warning(
             "the handoff %s was made with another model config: %s",

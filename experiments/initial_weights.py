@@ -55,8 +55,15 @@ def identity(init: InitConfig) -> str | None:
     return config_hash({"files": _noted(checkpoint) or _hashes(checkpoint), "parts": init.parts})
 
 
-def load_initial(vla: DrivingVLA, config: ExperimentConfig) -> Initial | None:
+def load_initial(
+    vla: DrivingVLA, config: ExperimentConfig, leave: tuple[str, ...] = ()
+) -> Initial | None:
     """Fill the model, or parts of it, with converted weights; None: the experiment names none.
+
+    Args:
+        vla: the model, as it was built.
+        config: the experiment.
+        leave: parts that a handoff fills, and initial weights do not.
 
     Raises:
         UserError: the weights cannot be read, have changed since their conversion, do not fit the
@@ -71,7 +78,13 @@ def load_initial(vla: DrivingVLA, config: ExperimentConfig) -> Initial | None:
     for name, noted in _noted(checkpoint).items():
         if hashes[name] != noted:
             raise UserError(f"{checkpoint.folder / name} is not the file that {NOTE} tells of")
-    chosen = _chosen(checkpoint, init)
+    chosen = {
+        name: tensor
+        for name, tensor in _chosen(checkpoint, init).items()
+        if name.split(".")[0] not in leave
+    }
+    if not chosen:
+        return None
     own = _own_tensors(vla)
     _check(chosen, own, path)
     dialect = _dialect(checkpoint.folder, chosen, config)

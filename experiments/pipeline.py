@@ -184,9 +184,11 @@ def open_pipeline(
         stages = tuple(stage for stage in stages if STAGES.index(stage) >= first)
         if not stages:
             raise UserError(f"no stage of run ({', '.join(config.run)}) comes after {parent}")
-        check_dialect(parent, check_handoff(parent, stages[0]), config)
+        card = check_handoff(parent, stages[0])
+        check_dialect(parent, card, config)
         if config.init.weights:
-            log.info("init.weights are not loaded: stage %s starts from %s", stages[0], parent)
+            kept = f"fill none of {', '.join(card.parts)}" if card.parts else "are not loaded"
+            log.info("init.weights %s: stage %s starts from %s", kept, stages[0], parent)
     folder, main = runs / config.name, is_first_process()
     config = prepare_data(config, progress=progress and main)
     fingerprint = fingerprint_of(config)

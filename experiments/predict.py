@@ -93,7 +93,7 @@ def predict(
     )
     batch = data.frame(sample_token, (conversation,), clip_length=clip_length)
     vla = build_model(config, tokenizer)
-    load_weights(vla, folder / WEIGHTS)
+    load_weights(vla, folder / WEIGHTS, card.parts)
     vla.eval()
     settings = config.stages.planning or PlanningStageConfig()
     stage_of_plans = settings.build(vla)

@@ -254,14 +254,22 @@ class ExperimentConfig:
             )
 
     def stage_tree(self, stage: str) -> dict[str, Any]:
-        """All settings that a stage's result depends on, besides what it starts from."""
+        """All settings that a stage's result depends on, besides what it starts from.
+
+        Perception depends on nothing that concerns language, so that experiments which differ only
+        there may share it.
+        """
         common = {name: getattr(self.data, name) for name in COMMON}
-        settings = {
-            "seed": self.seed,
+        language = {
             "model": self.model,
             "tokenizer": self.tokenizer,
             "dialect": self.dialect,
             "dialect_sha256": self.dialect.wording.sha256,
+        }
+        vision = {"encoder": self.model.encoder, "queries": self.model.queries}
+        settings = {
+            "seed": self.seed,
+            **(vision if stage == "perception" else language),
             "stage": self.stages.of(stage),
             "data": getattr(self.data, stage),
             "common": common,

@@ -134,7 +134,7 @@ class StageRun:
             "stage_hash": config.stage_hash(self.stage),
             "data_fingerprint": self.shop.fingerprint,
             "parent_card_sha256": card_sha256(parent) if parent is not None else None,
-            "init_identity": identity(config.init) if parent is None else None,
+            "init_identity": identity(config.init) if self._needs_initial() else None,
         }
 
     def is_finished(self) -> bool:
@@ -154,12 +154,7 @@ class StageRun:
         started = time.monotonic()
         shop, config = self.shop, self.shop.config
         resume = self._open()
-        parent: Card | None = None
-        initial: Initial | None = None
-        if self.parent is None:  # the model has its first weights still
-            initial = load_initial(shop.vla, config)
-        else:  # whatever init names: trained weights are never overwritten with it
-            parent = load_handoff(self.parent, self.stage, shop.vla, config)
+        parent, initial = self._load_start()
         data = data_module(config, self.stage, shop.tokenizer)
         sharded = is_sharded(config.trainer)
         vla = copy.deepcopy(shop.vla) if sharded else shop.vla
@@ -249,7 +244,7 @@ class StageRun:
         card = read_card(self.folder)
         check_files(self.folder, card)
         check_dialect(self.folder, card, self.shop.config)
-        load_weights(self.shop.vla, self.folder / WEIGHTS)
+        load_weights(self.shop.vla, self.folder / WEIGHTS, card.parts)
         data = data_module(self.shop.config, self.stage, self.shop.tokenizer)
         self.evaluate(self._module(self.shop.vla, 1), data, False)
 
@@ -272,10 +267,7 @@ class StageRun:
                 the cache that is there is stale or damaged.
         """
         shop = self.shop
-        if self.parent is None:
-            load_initial(shop.vla, shop.config)
-        else:
-            load_handoff(self.parent, self.stage, shop.vla, shop.config)
+        self._load_start()
         data = data_module(shop.config, self.stage, shop.tokenizer)
         settings = self.cache_settings()
         self.settings.freeze.apply(shop.vla)
@@ -299,6 +291,29 @@ class StageRun:
         ):
             metrics |= {name: float(value) for name, value in found.items()}
         return metrics
+
+    def _needs_initial(self) -> bool:
+        """Whether initial weights fill anything that the parent, if there is one, does not."""
+        if self.parent is None:
+            return True
+        handed_over, wanted = read_card(self.parent).parts, self.shop.config.init.parts
+        return bool(handed_over) and not (
+            wanted and all(part.split(".")[0] in handed_over for part in wanted)
+        )
+
+    def _load_start(self) -> tuple[Card | None, Initial | None]:
+        """Fill the model with what the stage starts from.
+
+        Initial weights come first: whatever init names, trained ones are never overwritten.
+        """
+        vla, config = self.shop.vla, self.shop.config
+        initial: Initial | None = None
+        if self._needs_initial():
+            handed_over = read_card(self.parent).parts if self.parent is not None else ()
+            initial = load_initial(vla, config, leave=handed_over)
+        if self.parent is None:
+            return None, initial
+        return load_handoff(self.parent, self.stage, vla, config), initial
 
     def _open(self) -> bool:
         """Make the folder ready; True: it holds a checkpoint to continue from."""

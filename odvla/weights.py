@@ -74,8 +74,14 @@ def save_weights(model: nn.Module, path: Path) -> str:
     return file_sha256(path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, parts: tuple[str, ...] = ()) -> None:
     """Fill a model; every tensor of the file and of the model is used exactly once.
+
+    Args:
+        model: what is filled.
+        path: a safetensors file.
+        parts: only these, by the first word of their tensors' names; the rest of the model stays
+            as it is. (): all.
 
     Raises:
         UserError: the file is missing or damaged, or names or shapes differ.
@@ -87,6 +93,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"the weights {path} cannot be read: {error}") from error
     own = stored_tensors(model)
+    if parts:
+        own, tensors = (
+            {name: tensor for name, tensor in every.items() if name.split(".")[0] in parts}
+            for every in (own, tensors)
+        )
     missing = [name for name in own if name not in tensors]
     unknown = [name for name in tensors if name not in own]
     if missing or unknown:

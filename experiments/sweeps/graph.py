@@ -148,7 +148,9 @@ def _add_tasks(
     """The chain of a point's stages; stages that are there already are shared."""
     parent = ""
     for stage in prepared.config.run:
-        depends = [stage, prepared.config.stage_hash(stage), parent, vocabulary, fingerprint]
+        # Perception reads no text: where it comes first, no vocabulary stands behind it.
+        words = vocabulary if parent or stage != "perception" else None
+        depends = [stage, prepared.config.stage_hash(stage), parent, words, fingerprint]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:ID_LENGTH]
         name = f"{stage}-{key}"
         tasks.setdefault(name, Task(name, stage, given, (parent,) if parent else ()))

@@ -77,6 +77,32 @@ def test_a_handoff_is_loaded_and_a_changed_model_is_reported(handoff, caplog, mo
     assert "dim 2 -> 3" in caplog.text
 
 
+class Halves(nn.Module):
+    """A model of two parts: what sees and what speaks."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, 2)
+        self.language = nn.Linear(2, words)
+
+
+def test_first_perception_hands_over_what_sees_and_no_more(handoff, tmp_path):
+    folder = handoff.rename(tmp_path / "perception")
+    learned = Halves(words=2)
+    weights = save_weights(learned, folder / WEIGHTS)
+    card = replace(read_card(folder), stage="perception", weights_sha256=weights)
+    card.write(folder)
+    other = Halves(words=5)
+    spoken = other.language.weight.clone()
+    load_handoff(folder, "planning", other, tiny())
+    assert other.encoder.weight.equal(learned.encoder.weight)
+    assert other.language.weight.equal(spoken)
+    # After another stage its language weights are trained ones, and are handed over as well.
+    replace(card, parent_stage="language").write(folder)
+    with pytest.raises(UserError, match=r"language.* has shape .*, the model wants \(5"):
+        load_handoff(folder, "planning", other, tiny())
+
+
 def test_another_dialect_is_refused_unless_forced(handoff, caplog, monkeypatch):
     monkeypatch.setattr(ExperimentConfig, "__post_init__", lambda self: None)
     model = nn.Linear(2, 2)

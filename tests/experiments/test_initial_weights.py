@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from experiments.initial_weights import identity, load_initial
 from experiments.pipeline import open_pipeline
 from experiments.schema import InitConfig
+from experiments.stage_run import StageRun
 from experiments.tiny import smoke
 from odvla.checkpoints.convert import import_weights
 from odvla.checkpoints.export import export_weights
@@ -309,16 +310,33 @@ def test_a_trained_tower_is_never_overwritten_with_the_initial_one(run):
         assert before[name] == tensor_sha256(trained[name]) != tensor_sha256(initial[name])
 
 
-def test_a_run_from_a_handoff_does_not_look_at_the_initial_weights(run, caplog):
+def test_a_run_from_a_handoff_does_not_look_at_initial_weights_of_the_same_parts(run, caplog):
     config, folder, given = run
     parent = folder / config.name / "perception"
-    moved = replace(config, name="later", init=InitConfig(str(given.with_name("gone.safetensors"))))
+    gone = InitConfig(str(given.with_name("gone.safetensors")), ("encoder", "queries"))
+    moved = replace(config, name="later", init=gone)
     with caplog.at_level("INFO", logger="experiments"):
         pipeline = open_pipeline(moved, folder, parent, progress=False)
         pipeline.fit()
-    assert "init.weights are not loaded: stage planning starts from" in caplog.text
+    assert "init.weights fill none of encoder, queries: stage planning starts" in caplog.text
     found = json.loads((folder / "later" / "planning" / "card.json").read_text())
     assert found["init"] is None
+
+
+def test_initial_weights_fill_what_the_handoff_of_perception_leaves(run):
+    config, folder, given = run
+    parent = folder / config.name / "perception"
+    config = replace(config, name="both", init=InitConfig(str(given)))
+    pipeline = open_pipeline(config, folder, parent, progress=False)
+    card, initial = StageRun(pipeline.shop, "planning", parent)._load_start()
+    assert initial is not None
+    assert not {"encoder", "queries.track"} & set(initial.record["tensors"])
+    theirs, trained = load_file(given), load_file(parent / "vla.safetensors")
+    own = pipeline.shop.vla.state_dict()
+    assert all(
+        torch.equal(own[name], (trained if name.split(".")[0] in card.parts else theirs)[name])
+        for name in theirs
+    )
 
 
 def test_other_initial_weights_make_another_run(run):
@@ -339,6 +357,4 @@ def test_other_initial_weights_make_another_run(run):
 
 
 def open_stage(config, folder):
-    from experiments.stage_run import StageRun
-
     return StageRun(open_pipeline(config, folder, progress=False).shop, "perception", None)

@@ -86,7 +86,13 @@ def test_a_stage_is_trained_again_only_for_what_concerns_it():
     assert changed("data.alignment.batch_size=3") == ["alignment"]
     assert changed("seed=1") == list(STAGES[1:])
     assert changed("model.encoder.dim=32") == list(STAGES[1:])
-    assert changed("dialect.without=[command]") == list(STAGES[1:])
+    # Perception sees and does not speak: nothing of language concerns it.
+    for language in (
+        "dialect.without=[command]",
+        "model.language.hidden=64",
+        "model.hidden_streams=[map]",
+    ):
+        assert changed(language) == list(STAGES[2:])
     speed = ("data.num_workers=2", "stages.planning.checkpoint_every=3", "data.root=/elsewhere")
     assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
 

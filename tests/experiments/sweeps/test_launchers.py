@@ -51,6 +51,16 @@ def planning_steps() -> Sweep:
     return Sweep("planning_steps", base, (settings("stages.planning.steps", 2, 3),))
 
 
+def tongues() -> Sweep:
+    """Points that see alike and speak differently: another prompt, another language model."""
+    values = {
+        "one": (),
+        "no command": ("dialect.without=[command]",),
+        "narrow": ("model.language.hidden=16", "model.language.heads=2"),
+    }
+    return Sweep("tongues", base, (Axis("language", values),))
+
+
 def breaks() -> Sweep:
     """One of the points cannot read its data."""
     broken = {"whole": (), "broken": ("stages.planning.max_new_tokens=5000",)}
@@ -95,6 +105,19 @@ def test_what_points_share_is_trained_once_and_a_rerun_does_nothing(declared, to
         assert (results / "perception" / CARD).is_file()  # `predict` and --from find it here
     assert sweep("planning_steps", town_root) == 0
     assert cards(folder) == made
+
+
+def test_points_that_differ_in_language_alone_share_perception(declared, town_root):
+    assert sweep("tongues", town_root) == 0
+    folder = declared / "runs" / "tongues"
+    made = sorted(path.parent.name for path in cards(folder))
+    assert made == ["perception", "planning", "planning", "planning"]
+    manifest = json.loads((folder / "sweep.json").read_text())
+    for point in manifest["points"]:
+        folder_of_point = folder / "points" / point["id"]
+        card = json.loads((folder_of_point / "planning" / CARD).read_text())
+        assert card["parent_stage"] == "perception"
+        assert (folder_of_point / "results.json").is_file()
 
 
 def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys):
