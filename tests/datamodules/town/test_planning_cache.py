@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.gpt_driver import FIELDS, load_arrays
+from datamodules.array_pickles import load_arrays
+from datamodules.gpt_driver import FIELDS
 from datamodules.town.language import split_of
 from datamodules.town.planning_cache import (
     annotated_at,
