@@ -1,4 +1,4 @@
-"""Pickles of numbers, texts, containers and numpy arrays: read without running code, written piecewise.
+"""Pickles of numbers, texts, containers and numpy arrays, read without running any code of theirs.
 
 A pickle from the internet may run any code when it is loaded. The unpickler here makes builtins and
 numpy arrays only and refuses the rest by name before it is called.

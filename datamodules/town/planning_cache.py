@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datamodules.can_bus import nearest, pose_vectors
 from datamodules.town.log import (
     KEYFRAMES_PER_SCENE,
     TICKS_PER_KEYFRAME,
@@ -49,7 +50,10 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
     for keyframe in range(KEYFRAMES_PER_SCENE):
         token = tokens.sample(log.name, keyframe)
         row = recorded.sample_rows[token]
-        can = can_bus_at(can_poses, row["timestamp"])
+        time = np.array([row["timestamp"]])
+        can = pose_vectors(can_poses, time)[0]
+        speed = can_poses[nearest(can_poses, time)[0]]["vel"][0] if can_poses else None
+        steering = can_steers[nearest(can_steers, time)[0]]["value"] if can_steers else None
         infos[token] = {
             **_sensor_fields(recorded.samples[token]),
             "token": token,
@@ -63,7 +67,7 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
             "fut_valid_flag": keyframe + WAYPOINTS < KEYFRAMES_PER_SCENE,
             "map_location": log.location,
             **agent_fields(log, keyframe, tokens, recorded, seen_at),
-            **ego_fields(log, keyframe, can, steering_at(can_steers, row["timestamp"])),
+            **ego_fields(log, keyframe, can, speed, steering),
         }
     return infos
 
@@ -83,7 +87,11 @@ def whole_future_tokens(name: str, tokens: TokenIndex) -> list[str]:
 
 
 def ego_fields(
-    log: SceneLog, keyframe: int, can: FloatArray, steering: float | None
+    log: SceneLog,
+    keyframe: int,
+    can: FloatArray,
+    can_speed: float | None,
+    steering: float | None,
 ) -> dict[str, np.ndarray]:
     """History, plan, command and state of the car.
 
@@ -91,6 +99,7 @@ def ego_fields(
         log: the scene.
         keyframe: t0.
         can: [18] the sample's CAN bus vector.
+        can_speed: m/s along the heading at t0; None without CAN bus.
         steering: angle of the CAN bus in rad, left positive; None without CAN bus.
     """
     keyframes = np.array(
@@ -123,7 +132,7 @@ def ego_fields(
         0.0,  # rate of MIXED_UP_EGO_YAW
         EGO_LENGTH_M,
         EGO_WIDTH_M,
-        can[13] if steering is not None else speed,
+        speed if steering is None or can_speed is None else can_speed,
         2 * flip * (steering or 0.0) / WHEELBASE_M,
     ]
     fields = {
@@ -205,29 +214,6 @@ def agent_fields(
         "gt_agent_fut_goal": np.array([_goal(row) for row in steps], dtype=np.float32),
         "gt_tokens": own_tokens,
     }
-
-
-def can_bus_at(poses: list[dict[str, Any]], timestamp_us: int) -> FloatArray:
-    """[18]: the last pose message not after a time (the first one before all), then two zeros.
-
-    0:3 position, 3:7 quaternion, 7:10 acceleration, 10:13 rotation rate, 13:16 velocity. All zero
-    without messages.
-    """
-    vector = np.zeros(18)
-    if poses:
-        times = [message["utime"] for message in poses]
-        last = poses[max(0, int(np.searchsorted(times, timestamp_us, side="right")) - 1)]
-        parts = ("pos", "orientation", "accel", "rotation_rate", "vel")
-        vector[:16] = np.concatenate([last[part] for part in parts])
-    return vector
-
-
-def steering_at(messages: list[dict[str, Any]], timestamp_us: int) -> float | None:
-    """Value of the steering message nearest to a time; None without messages."""
-    if not messages:
-        return None
-    times = np.array([message["utime"] for message in messages])
-    return float(messages[int(np.abs(times - timestamp_us).argmin())]["value"])
 
 
 def _velocity(log: SceneLog, actor: Actor, keyframe: int, seen_at: list[int]) -> FloatArray:
