@@ -7,12 +7,10 @@ columns to the left, see occupancy.metric_orientation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.ego_trajectories import planning_label
 from datamodules.exchange.source import Source
 from datamodules.occupancy import metric_orientation
 from datamodules.records import FrameRecord
@@ -27,14 +25,12 @@ Cells = NDArray[np.bool_]
 
 def driven_path(source: Source, frame: FrameRecord) -> NDArray[np.float32]:
     """gt_traj.pkl: UniAD's planning label [1, 6, 2], 0 after the scene's end."""
-    assert source.index.ego is not None
-    return source.index.ego.uniad_path[frame.number, None, :, :2].astype(np.float32)
+    return planning_label(source.index, frame).path[None, :, :2].astype(np.float32)
 
 
 def driven_mask(source: Source, frame: FrameRecord) -> NDArray[np.float32]:
     """gt_traj_mask.pkl: [1, 6, 2], 1 where the scene goes on, for x and for y."""
-    assert source.index.ego is not None
-    mask = source.index.ego.future_mask[frame.number]
+    mask = planning_label(source.index, frame).mask
     return np.repeat(mask[None, :, None], 2, axis=2).astype(np.float32)
 
 
@@ -68,10 +64,3 @@ def six_steps(cells: Cells) -> Cells:
     if inner.ndim != 3 or inner.shape[0] not in steps or inner.shape[1:] != (CELLS, CELLS):
         raise ValueError(f"(1, 6 or 7, {CELLS}, {CELLS})")
     return inner[-WAYPOINTS:]
-
-
-Make = Callable[[Source, FrameRecord], Any]
-RASTERS: Mapping[str, Make] = {
-    "planning-segmentation": vehicles,
-    "vad-segmentation": vehicles_and_pedestrians,
-}
