@@ -266,8 +266,8 @@ def test_goals_are_eighths_of_a_circle():
 
     # The first point is left out: five of the six steps count.
     for x, y, goal in (
-        (4, 0.1, 4), (0.1, 4, 5), (-0.1, 4, 6), (3, 2, 4), (2, 3, 5), (4, -0.1, 3), (-3, 2, 7), (2, -3, 2),
-        (0, 0, 9), (0.9, 0.9, 9), (-4, -3, 9), (0.9, -5, 9),
+        (4, 0.1, 4), (0.1, 4, 5), (-0.1, 4, 6), (3, 2, 4), (2, 3, 5), (4, -0.1, 3), (-3, 2, 7),
+        (2, -3, 2), (0, 0, 9), (0.9, 0.9, 9), (-4, -3, 9), (0.9, -5, 9),
     ):  # fmt: skip
         assert goals(steps(x, y)) == [goal], (x, y)
     assert goals(np.zeros((0, 6, 2))).shape == (0,)
