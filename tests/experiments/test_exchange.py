@@ -79,8 +79,14 @@ def test_exported_files_give_the_collisions_of_our_metric(
     assert set(rasters) == set(paths) == set(masks) == set(tokens)
     random = np.random.default_rng(0)
     driven = truth.driven(card)
-    # Plans that leave the lane now and then, so that there is something to hit.
-    plans = driven + torch.from_numpy(random.normal(0, 12, (len(tokens), 6, 2))).float()
+    # Plans near road users, so that there is something to hit and something to miss.
+    plans = driven + torch.from_numpy(random.normal(0, 4, (len(tokens), 6, 2))).float()
+    for number, token in enumerate(tokens):
+        for step, cells in enumerate(truth.data.occupancy(token, pedestrians=True).numpy()):
+            if cells.any():
+                row, column = random.choice(np.argwhere(cells))
+                at = np.array([column, row]) * 0.5 - 49.75 + random.normal(0, 1.5, 2)
+                plans[number, step] = torch.from_numpy(at)
     metric = PlanningMetric(card)
     for here, traffic in truth.chunks([card]):
         metric.update(
