@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datamodules.array_pickles import PackedBits
 from datamodules.exchange.formats import ForeignFile, our_record
@@ -263,9 +262,10 @@ class _RasterTally:
         self.flipped = dict.fromkeys(FLIPS, 0)
         self.there, self.here = 0, 0
 
-    def add(self, token: str, theirs: Any, ours: NDArray[np.bool_]) -> None:
+    def add(self, token: str, theirs: Any, ours: Any) -> None:
         """One record."""
         assert isinstance(theirs, PackedBits)
+        assert isinstance(ours, np.ndarray)
         cells = theirs.unpacked()
         self.there += int(cells.sum())
         self.here += int(ours.sum())

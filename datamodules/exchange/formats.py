@@ -245,7 +245,7 @@ def frames_of(index: Index, split: str) -> list[FrameRecord]:
         UserError: the version has no such split or no scene of it.
     """
     splits = SPLITS[index.version] if split == ALL else (split,)
-    found = []
+    found: list[FrameRecord] = []
     for name in splits:
         if split == ALL and not any(scene.split == name for scene in index.scenes):
             continue

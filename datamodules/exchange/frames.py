@@ -11,7 +11,6 @@ from datamodules.agents import rows_of
 from datamodules.ego_state import FLIPPED_STEERING_PREFIX, WHEELBASE_M
 from datamodules.ego_trajectories import cached_trajectories
 from datamodules.exchange.source import Source
-from datamodules.poses import FloatArray
 from datamodules.records import FrameRecord
 from odvla.metrics.collisions import EGO_LENGTH_M, EGO_WIDTH_M
 from odvla.types import WAYPOINTS
@@ -91,7 +90,7 @@ def agents_ahead(source: Source, frame: FrameRecord) -> dict[str, NDArray[np.flo
     return {name: values.astype(np.float32) for name, values in fields.items()}
 
 
-def goals(steps: FloatArray) -> FloatArray:
+def goals(steps: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Eighths of the circle [n] that agents with steps [n, 6, 2] move towards, or STANDING_GOAL.
 
     The converter forgets a sign: an agent that moves to the left and backwards alone stands.
