@@ -16,7 +16,6 @@ from datamodules.exchange.source import Source
 from datamodules.records import Index
 from odvla.types import CAMERAS
 
-NAMED = 5  # tokens that a report names
 TOLERANCE = 1e-3
 # Ways a raster may be turned; the axes are those of [6, 200, 200] as stored.
 FLIPS: dict[str, tuple[int, ...]] = {

@@ -37,7 +37,7 @@ FORMATS = (
     "vad-segmentation",
 )
 PREFIX = "./data/nuscenes"
-NAMED = 5  # tokens that the report prints
+NAMED = 5  # tokens that a report names
 Add = Callable[[argparse.ArgumentParser], None]
 
 
@@ -206,8 +206,13 @@ def _bar() -> Iterator[tuple[Progress, Callable[[str, int, int], None]]]:
     """A progress bar on the error stream: the report may go into a file."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
-    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
-    with Progress(*columns, TimeElapsedColumn(), **shown) as bar:
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task("", total=None)
 
         def advance(what: str, done: int, total: int) -> None:
