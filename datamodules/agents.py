@@ -75,7 +75,7 @@ def futures(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32],
         return paths.future_own[rows], paths.future_mask[rows]
     data = index.annotations
     points, mask = _positions_along(data, rows, data.next, WAYPOINTS)
-    return _in_own_frame(data, rows, points, mask), mask
+    return in_own_frame(data, rows, points, mask).astype(np.float32), mask
 
 
 def agent_paths(index: Index) -> AgentPaths:
@@ -92,8 +92,8 @@ def agent_paths(index: Index) -> AgentPaths:
         return np.where(mask[..., None], moved, 0.0).astype(np.float32)
 
     return AgentPaths(
-        future_own=_in_own_frame(data, rows, future, future_mask),
-        past_own=_in_own_frame(data, rows, past, past_mask),
+        future_own=in_own_frame(data, rows, future, future_mask).astype(np.float32),
+        past_own=in_own_frame(data, rows, past, past_mask).astype(np.float32),
         future_lidar=in_lidar(future, future_mask),
         past_lidar=in_lidar(past, past_mask),
         future_mask=future_mask,
@@ -117,15 +117,15 @@ def _positions_along(
     return points, mask
 
 
-def _in_own_frame(
+def in_own_frame(
     data: Annotations, rows: NDArray[np.int64], points: FloatArray, mask: NDArray[np.bool_]
-) -> NDArray[np.float32]:
+) -> FloatArray:
     """Global points [n, steps, 3] as [n, steps, 2]: right and forward of each agent, level."""
     yaw = yaw_of(rotation_matrices(data.rotation[rows]))
     cos, sin = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
     dx, dy, _ = np.moveaxis(points - data.centre[rows, None], -1, 0)
     own = np.stack([dx * sin - dy * cos, dx * cos + dy * sin], axis=-1)
-    return np.where(mask[..., None], own, 0.0).astype(np.float32)
+    return np.where(mask[..., None], own, 0.0)
 
 
 def pasts(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -135,7 +135,7 @@ def pasts(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], N
         return paths.past_own[rows], paths.past_mask[rows]
     data = index.annotations
     points, mask = _positions_along(data, rows, data.prev, PAST_STEPS)
-    return _in_own_frame(data, rows, points, mask), mask
+    return in_own_frame(data, rows, points, mask).astype(np.float32), mask
 
 
 def ego_box(index: Index, frame: FrameRecord) -> NDArray[np.float32]:

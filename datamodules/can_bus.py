@@ -1,4 +1,9 @@
-"""CAN bus messages of a scene, taken at its key-frames.
+"""CAN bus messages of a scene, taken at its key-frames as the field's own files have them.
+
+The converters of UniAD, VAD and GPT-Driver take the position from the last pose message not after a
+key-frame, but acceleration, rotation rate and velocity from the message after that one: their loop
+has gone one message further when it stops. The speed in GPT-Driver's ego state is that of the
+nearest message. Real values that a public fork prints agree with this and with nothing else.
 
 Some real scenes have no CAN bus (the devkit keeps a list of them), and a root may come without the
 expansion. The values are then zero, as in UniAD, and `available` is False; a warning says so once.
@@ -8,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ from nuscenes.can_bus.can_bus_api import NuScenesCanBus
 from odvla.errors import UserError
 
 log = logging.getLogger(__name__)
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class CanBus:
     acceleration: NDArray[np.float64]  # [F, 3] m/s^2, as the pose message gives it
     rotation_rate: NDArray[np.float64]  # [F, 3] rad/s
     velocity: NDArray[np.float64]  # [F, 3] m/s; x is the speed along the heading
+    speed: NDArray[np.float64]  # [F] m/s along the heading, of the pose message nearest in time
     steering: NDArray[np.float64]  # [F] steering angle feedback, rad, left positive
     available: NDArray[np.bool_]  # [F]
 
@@ -45,8 +53,7 @@ class CanBusReader:
     def at(self, scene_name: str, times_us: NDArray[np.int64]) -> CanBus:
         """Values at key-frame times.
 
-        The pose message is the last one not after the key-frame (the first of the scene if all are
-        after it, as in UniAD); steering is the nearest message, as in GPT-Driver's cache.
+        See the head of this file for which message each value is from.
 
         Args:
             scene_name: scene-0061 and so on.
@@ -56,25 +63,26 @@ class CanBusReader:
             UserError: a message file is there but cannot be read.
         """
         frames = len(times_us)
-        poses = self._messages(scene_name, "pose")
-        steers = self._messages(scene_name, "steeranglefeedback")
+        poses = self.messages(scene_name, "pose")
+        steers = self.messages(scene_name, "steeranglefeedback")
         if not poses:
             self._missing.append(scene_name)
             zeros = np.zeros((frames, 3))
-            return CanBus(zeros, zeros, zeros, np.zeros(frames), np.zeros(frames, dtype=bool))
-        pose_times = np.array([message["utime"] for message in poses])
-        before = np.clip(np.searchsorted(pose_times, times_us, side="right") - 1, 0, None)
-        acceleration, rotation_rate, velocity = (
-            np.array([poses[i][key] for i in before], dtype=np.float64).reshape(frames, 3)
-            for key in ("accel", "rotation_rate", "vel")
-        )
+            none = np.zeros(frames)
+            return CanBus(zeros, zeros, zeros, none, none, np.zeros(frames, dtype=bool))
+        vectors = pose_vectors(poses, times_us)
+        speed = np.array([poses[i]["vel"][0] for i in nearest(poses, times_us)])
         steering = np.zeros(frames)
         if steers:
-            steer_times = np.array([message["utime"] for message in steers])
-            nearest = _nearest(steer_times, times_us)
-            steering = np.array([steers[i]["value"] for i in nearest], dtype=np.float64)
-        known = np.ones(frames, dtype=bool)
-        return CanBus(acceleration, rotation_rate, velocity, steering, known)
+            steering = np.array([steers[i]["value"] for i in nearest(steers, times_us)])
+        return CanBus(
+            acceleration=vectors[:, 7:10],
+            rotation_rate=vectors[:, 10:13],
+            velocity=vectors[:, 13:16],
+            speed=speed.astype(np.float64),
+            steering=steering.astype(np.float64),
+            available=np.ones(frames, dtype=bool),
+        )
 
     def warn_missing(self) -> None:
         """Log, once for all scenes read so far, which had no CAN bus."""
@@ -87,7 +95,12 @@ class CanBusReader:
             )
             self._missing.clear()
 
-    def _messages(self, scene_name: str, kind: str) -> list[dict[str, Any]]:
+    def messages(self, scene_name: str, kind: str) -> list[Message]:
+        """Messages of a scene ("pose" or "steeranglefeedback"), none where it has no CAN bus.
+
+        Raises:
+            UserError: the file is there but cannot be read.
+        """
         path = self.root / "can_bus" / f"{scene_name}_{kind}.json"
         if self.devkit is None or not path.is_file():
             return []
@@ -98,7 +111,9 @@ class CanBusReader:
         except json.JSONDecodeError as error:
             raise UserError(f"CAN bus file {path} is not JSON: {error}") from error
         needed = (
-            ("utime", "accel", "rotation_rate", "vel") if kind == "pose" else ("utime", "value")
+            ("utime", "pos", "orientation", "accel", "rotation_rate", "vel")
+            if kind == "pose"
+            else ("utime", "value")
         )
         for number, message in enumerate(messages):
             missing = [key for key in needed if key not in message]
@@ -107,8 +122,36 @@ class CanBusReader:
         return messages
 
 
-def _nearest(times: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    after = np.clip(np.searchsorted(times, wanted), 1, max(1, len(times) - 1))
-    if len(times) == 1:
-        return np.zeros(len(wanted), dtype=np.int64)
-    return np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+def pose_vectors(poses: Sequence[Message], times_us: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The can_bus vectors [F, 18] of UniAD's infos, before the loader overwrites parts of them.
+
+    0:3 position, 3:7 quaternion (w, x, y, z) of the last message not after the key-frame (of the
+    scene's first one, if all are after it); 7:10 acceleration, 10:13 rotation rate and 13:16
+    velocity of the first message after it (of the last one, if there is none); two zeros. All zero
+    without messages.
+
+    Source: uniad_nuscenes_converter.py, _get_can_bus_info.
+    """
+    vectors = np.zeros((len(times_us), 18))
+    if poses:
+        after = np.searchsorted(_times(poses), times_us, side="right")
+        for vector, number in zip(vectors, after.tolist(), strict=True):
+            here = poses[max(0, number - 1)]
+            there = poses[min(number, len(poses) - 1)]
+            vector[:7] = *here["pos"], *here["orientation"]
+            vector[7:16] = *there["accel"], *there["rotation_rate"], *there["vel"]
+    return vectors
+
+
+def nearest(messages: Sequence[Message], times_us: NDArray[np.int64]) -> list[int]:
+    """Number of the message nearest to each time; of two at the same distance the later one."""
+    known = _times(messages)
+    after = np.clip(np.searchsorted(known, times_us), 1, max(1, len(known) - 1))
+    if len(known) == 1:
+        return [0] * len(times_us)
+    earlier = times_us - known[after - 1] < known[after] - times_us
+    return np.where(earlier, after - 1, after).tolist()
+
+
+def _times(messages: Sequence[Message]) -> NDArray[np.int64]:
+    return np.array([message["utime"] for message in messages], dtype=np.int64)

@@ -136,7 +136,7 @@ def ego_state(index: Index, frame: FrameRecord) -> EgoState:
     speed = float(np.hypot(*moved)) / STEP_S
     turned = yaw_of(later.ego_to_global[:3, :3]) - yaw_of(earlier.ego_to_global[:3, :3])
     can = index.can_bus
-    can_speed = float(can.velocity[frame.number, 0])
+    can_speed = float(can.speed[frame.number])
     if earlier is later:  # a scene of one key-frame
         speed = can_speed
     ego_to_lidar = inverse(frame.lidar_to_global) @ frame.ego_to_global

@@ -1,13 +1,11 @@
 """Stage 3's data: GPT-Driver's cached nuScenes info (cached_nuscenes_info.pkl, split.json).
 
 The cache is a pickled dict, sample token -> fields of the car and of the agents; only the car's are
-kept. It is read by an unpickler that makes nothing but numbers, texts, containers and numpy arrays:
-a pickle from the internet may otherwise run any code.
+kept. The file is read by array_pickles.py, which runs no code of it.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datamodules.array_pickles import load_arrays
 from datamodules.collate import Tokenises
 from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
 from datamodules.language_files import read_json, warn_unused
@@ -33,20 +32,6 @@ FIELDS = {
     "gt_ego_fut_cmd": (len(COMMANDS),),
     "gt_ego_lcf_feat": (9,),
 }
-# What the pickle of numpy arrays and builtins names; everything else is refused.
-ALLOWED = (
-    {("builtins", name) for name in ("set", "frozenset", "slice", "complex", "bytearray")}
-    | {
-        (module, name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in (
-            (f"{package}.multiarray", "_reconstruct"),
-            (f"{package}.multiarray", "scalar"),
-            (f"{package}.numeric", "_frombuffer"),
-        )
-    }
-    | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-)
 
 
 @dataclass(frozen=True)
@@ -74,48 +59,6 @@ class Driven:
             history=row(self.fields["gt_ego_his_trajs"][:HISTORY]),
             command=torch.tensor([int(self.fields["gt_ego_fut_cmd"].argmax())]),
         )
-
-
-class _RefusedError(Exception):
-    """The pickle names something that is not allowed."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise _RefusedError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def load_arrays(path: Path) -> Any:
-    """Unpickle a file that may hold only builtins and numpy arrays.
-
-    Raises:
-        UserError: the file is missing, broken, or names anything else.
-    """
-    try:
-        with path.open("rb") as file:
-            return _ArrayUnpickler(file).load()
-    except FileNotFoundError as error:
-        raise UserError(f"the pickle file {path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except MemoryError as error:
-        raise UserError(f"{path} asks for more memory than there is: {error}") from error
-    except _RefusedError as error:
-        raise UserError(f"{path} is refused: it names {error}, where only arrays may be") from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        ImportError,
-        OverflowError,
-    ) as error:
-        raise UserError(f"{path} is not a whole pickle file: {error}") from error
 
 
 def read_cache(path: Path, index: Index) -> dict[int, tuple[Driven]]:

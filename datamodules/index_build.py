@@ -155,7 +155,7 @@ def _annotations(
         "annotation.centre": centre,
         "annotation.size": column([r["size"] for r in records], np.float64, 3),
         "annotation.rotation": column([r["rotation"] for r in records], np.float64, 4),
-        "annotation.velocity": _velocities(centre[:, :2], times[frame], previous, following),
+        "annotation.velocity": velocities(centre[:, :2], times[frame], previous, following),
         "annotation.points": column(points, np.int64),
         # The tokens are "1" to "4".
         "annotation.visibility": column(
@@ -171,13 +171,22 @@ def _annotations(
     }
 
 
-def _velocities(
+def velocities(
     xy: FloatArray,
     times_us: NDArray[np.int64],
     previous: NDArray[np.int64],
     following: NDArray[np.int64],
+    unknown: float = 0.0,
 ) -> FloatArray:
-    """Velocity [P, 2] from the neighbouring annotations, as the devkit's box_velocity has it."""
+    """Velocity [P, 2] from the neighbouring annotations, as the devkit's box_velocity has it.
+
+    Args:
+        xy: [P, 2] positions of all annotations.
+        times_us: [P].
+        previous: [P] row of the instance's previous annotation, -1: none.
+        following: [P] row of its next one.
+        unknown: what stands where it cannot be told (the devkit: NaN).
+    """
     here = np.arange(len(xy))
     last = np.where(following >= 0, following, here)
     first = np.where(previous >= 0, previous, here)
@@ -186,7 +195,7 @@ def _velocities(
     limit_s = np.where(centred, 2 * MAX_VELOCITY_GAP_S, MAX_VELOCITY_GAP_S)
     known = (elapsed_s > 0) & (elapsed_s <= limit_s)
     step = xy[last] - xy[first]
-    return np.where(known[:, None], step / np.where(known, elapsed_s, 1.0)[:, None], 0.0)
+    return np.where(known[:, None], step / np.where(known, elapsed_s, 1.0)[:, None], unknown)
 
 
 def _frames(

@@ -27,7 +27,7 @@ from odvla.errors import UserError
 
 log = logging.getLogger(__name__)
 KIND = "odvla index"
-SCHEMA_VERSION = 2  # raised with every change of the arrays' names, units or meaning
+SCHEMA_VERSION = 3  # raised with every change of the arrays' names, units or meaning
 Sources = dict[str, list[int]]  # file relative to the root -> size in bytes, time in ns
 
 

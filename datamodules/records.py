@@ -386,7 +386,7 @@ def index_of_poses(
         scenes=(SceneRecord("", "", "", "", "", 0, last + 1),),
         frames=frames,
         annotations=boxes,
-        can_bus=CanBus(zeros, zeros, zeros, zeros[:, 0], zeros[:, 0] > 0),
+        can_bus=CanBus(zeros, zeros, zeros, zeros[:, 0], zeros[:, 0], zeros[:, 0] > 0),
         number_of_token={frame.token: frame.number for frame in frames},
         annotation_rows={},
     )

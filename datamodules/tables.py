@@ -64,6 +64,7 @@ class Tables:
     Args:
         folder: the version's folder.
         modalities: sensors whose files are kept.
+        sweeps: channels whose files between the key-frames are kept, too.
         progress: told about each table.
 
     Raises:
@@ -75,8 +76,10 @@ class Tables:
         folder: Path,
         modalities: tuple[str, ...] = ("camera", "lidar"),
         progress: Progress | None = None,
+        sweeps: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
+        self._sweeps = sweeps
         self._records: dict[str, list[Record]] = {}
         for done, name in enumerate(n for n in TABLES if n not in STREAMED):
             if progress is not None:
@@ -125,7 +128,8 @@ class Tables:
         def keep(record: Record) -> bool:
             calibration = record.get("calibrated_sensor_token")
             wanted = calibration in self._channel or calibration not in known
-            if not (wanted and record.get("is_key_frame")):
+            between = self._channel.get(calibration) in self._sweeps
+            if not (wanted and (record.get("is_key_frame") or between)):
                 return False
             self._poses.add(record.get("ego_pose_token", ""))
             return True
@@ -140,6 +144,8 @@ class Tables:
         for sample in self._records["sample"]:
             sample["data"], sample["anns"] = {}, []
         for record in self._records["sample_data"]:
+            if not record["is_key_frame"]:
+                continue
             channel = self._channel[record["calibrated_sensor_token"]]
             self.get("sample", record["sample_token"])["data"][channel] = record["token"]
         for record in self._records["sample_annotation"]:
@@ -148,13 +154,16 @@ class Tables:
             self.get("sample", record["sample_token"])["anns"].append(record["token"])
 
 
-def open_tables(root: Path, version: str, progress: Progress | None = None) -> Tables:
+def open_tables(
+    root: Path, version: str, progress: Progress | None = None, sweeps: tuple[str, ...] = ()
+) -> Tables:
     """Load all tables of one version, checked.
 
     Args:
         root: folder that holds the version's folder, samples/, maps/.
         version: v1.0-mini, v1.0-trainval or v1.0-test.
         progress: told about each table.
+        sweeps: see Tables.
 
     Raises:
         UserError: the root, the version, a table or a map file is missing, a table is not JSON, or
@@ -166,7 +175,7 @@ def open_tables(root: Path, version: str, progress: Progress | None = None) -> T
             raise UserError(
                 f"{root / record['filename']}, named by {folder / 'map.json'}, is missing"
             )
-    return Tables(folder, progress=progress)
+    return Tables(folder, progress=progress, sweeps=sweeps)
 
 
 def check_root(root: Path, version: str) -> Path:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.gpt_driver import load_arrays
+from datamodules.array_pickles import load_arrays
 from odvla.errors import UserError
 
 Kind = Literal["plans", "language", "detection", "tracking", "object_captions"]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datamodules.can_bus import nearest, pose_vectors
+from datamodules.exchange.frames import goals
 from datamodules.town.log import (
     KEYFRAMES_PER_SCENE,
     TICKS_PER_KEYFRAME,
@@ -25,6 +27,7 @@ from odvla.types import CAMERAS, HISTORY, STEP_S, WAYPOINTS
 if TYPE_CHECKING:
     from datamodules.town.tokens import TokenIndex
 
+MAX_SWEEPS = 10
 LIDAR_UP_M = 1.84023
 TURN_OFFSET_M = 2.0
 EGO_LENGTH_M, EGO_WIDTH_M = 4.084, 1.85
@@ -35,8 +38,6 @@ FLIPPED_STEERING_PREFIX = "singapore"
 # on level ground the "yaw" that comes out is 0, whatever the heading: the velocity is then
 # (0, speed) and the yaw rate 0.
 MIXED_UP_EGO_YAW = 0.0
-STANDING_GOAL = 9.0  # of an agent that moves less than STANDING_M in 3 s
-STANDING_M = 1.0
 MAX_VELOCITY_GAP_S = 1.5  # devkit: boxes further apart have no velocity
 
 
@@ -49,7 +50,11 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
     for keyframe in range(KEYFRAMES_PER_SCENE):
         token = tokens.sample(log.name, keyframe)
         row = recorded.sample_rows[token]
-        can = can_bus_at(can_poses, row["timestamp"])
+        lidar = recorded.samples[token].sensors["LIDAR_TOP"]
+        time = np.array([row["timestamp"]])
+        can = pose_vectors(can_poses, time)[0]
+        speed = can_poses[nearest(can_poses, time)[0]]["vel"][0] if can_poses else None
+        steering = can_steers[nearest(can_steers, time)[0]]["value"] if can_steers else None
         infos[token] = {
             **_sensor_fields(recorded.samples[token]),
             "token": token,
@@ -57,13 +62,16 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
             "next": row["next"],
             "can_bus": can,
             "frame_idx": keyframe,
-            "sweeps": [],
+            "sweeps": [
+                _sensor(recorded.samples[tokens.sample(log.name, k)].sensors["LIDAR_TOP"], lidar)
+                for k in range(keyframe - 1, max(-1, keyframe - 1 - MAX_SWEEPS), -1)
+            ],
             "scene_token": tokens.scene(log.name),
             "timestamp": row["timestamp"],
             "fut_valid_flag": keyframe + WAYPOINTS < KEYFRAMES_PER_SCENE,
             "map_location": log.location,
             **agent_fields(log, keyframe, tokens, recorded, seen_at),
-            **ego_fields(log, keyframe, can, steering_at(can_steers, row["timestamp"])),
+            **ego_fields(log, keyframe, can, speed, steering),
         }
     return infos
 
@@ -83,7 +91,11 @@ def whole_future_tokens(name: str, tokens: TokenIndex) -> list[str]:
 
 
 def ego_fields(
-    log: SceneLog, keyframe: int, can: FloatArray, steering: float | None
+    log: SceneLog,
+    keyframe: int,
+    can: FloatArray,
+    can_speed: float | None,
+    steering: float | None,
 ) -> dict[str, np.ndarray]:
     """History, plan, command and state of the car.
 
@@ -91,6 +103,7 @@ def ego_fields(
         log: the scene.
         keyframe: t0.
         can: [18] the sample's CAN bus vector.
+        can_speed: m/s along the heading at t0; None without CAN bus.
         steering: angle of the CAN bus in rad, left positive; None without CAN bus.
     """
     keyframes = np.array(
@@ -123,7 +136,7 @@ def ego_fields(
         0.0,  # rate of MIXED_UP_EGO_YAW
         EGO_LENGTH_M,
         EGO_WIDTH_M,
-        can[13] if steering is not None else speed,
+        speed if steering is None or can_speed is None else can_speed,
         2 * flip * (steering or 0.0) / WHEELBASE_M,
     ]
     fields = {
@@ -202,32 +215,9 @@ def agent_fields(
         "gt_agent_fut_masks": masks,
         "gt_agent_lcf_feat": lcf,
         "gt_agent_fut_yaw": turns,
-        "gt_agent_fut_goal": np.array([_goal(row) for row in steps], dtype=np.float32),
+        "gt_agent_fut_goal": goals(steps).astype(np.float32),
         "gt_tokens": own_tokens,
     }
-
-
-def can_bus_at(poses: list[dict[str, Any]], timestamp_us: int) -> FloatArray:
-    """[18]: the last pose message not after a time (the first one before all), then two zeros.
-
-    0:3 position, 3:7 quaternion, 7:10 acceleration, 10:13 rotation rate, 13:16 velocity. All zero
-    without messages.
-    """
-    vector = np.zeros(18)
-    if poses:
-        times = [message["utime"] for message in poses]
-        last = poses[max(0, int(np.searchsorted(times, timestamp_us, side="right")) - 1)]
-        parts = ("pos", "orientation", "accel", "rotation_rate", "vel")
-        vector[:16] = np.concatenate([last[part] for part in parts])
-    return vector
-
-
-def steering_at(messages: list[dict[str, Any]], timestamp_us: int) -> float | None:
-    """Value of the steering message nearest to a time; None without messages."""
-    if not messages:
-        return None
-    times = np.array([message["utime"] for message in messages])
-    return float(messages[int(np.abs(times - timestamp_us).argmin())]["value"])
 
 
 def _velocity(log: SceneLog, actor: Actor, keyframe: int, seen_at: list[int]) -> FloatArray:
@@ -244,15 +234,6 @@ def _velocity(log: SceneLog, actor: Actor, keyframe: int, seen_at: list[int]) ->
     return (local[1] - local[0]) / gap_s
 
 
-def _goal(steps: FloatArray) -> float:
-    """Eighth of the circle that an agent [6, 2] moves towards, or STANDING_GOAL."""
-    path = steps.cumsum(0)
-    moved = path[-1] - path[0]
-    if moved.max() < STANDING_M:  # sic: the original forgets the sign here
-        return STANDING_GOAL
-    return float((np.arctan2(moved[1], moved[0]) + np.pi) // (np.pi / 4))
-
-
 def _sensor_fields(sample: RecordedSample) -> dict[str, Any]:
     lidar = sample.sensors["LIDAR_TOP"]
     return {
@@ -266,18 +247,25 @@ def _sensor_fields(sample: RecordedSample) -> dict[str, Any]:
 
 
 def _camera(camera: RecordedSensor, lidar: RecordedSensor) -> dict[str, Any]:
-    """One camera; sensor2lidar maps a point of the camera into the lidar's frame at t0."""
-    to_lidar_frame = lidar.global_to_sensor @ camera.ego_to_global @ camera.sensor_to_ego
     return {
-        "data_path": camera.filename,
+        **_sensor(camera, lidar),
         "type": camera.channel,
-        "sample_data_token": camera.token,
-        "sensor2ego_translation": camera.calibration["translation"],
-        "sensor2ego_rotation": camera.calibration["rotation"],
-        "ego2global_translation": camera.ego_pose["translation"],
-        "ego2global_rotation": camera.ego_pose["rotation"],
-        "timestamp": camera.timestamp_us,
+        "cam_intrinsic": np.array(camera.calibration["camera_intrinsic"]),
+    }
+
+
+def _sensor(sensor: RecordedSensor, lidar: RecordedSensor) -> dict[str, Any]:
+    """One file; sensor2lidar maps a point of its sensor into the lidar's frame at t0."""
+    to_lidar_frame = lidar.global_to_sensor @ sensor.ego_to_global @ sensor.sensor_to_ego
+    return {
+        "data_path": sensor.filename,
+        "type": "lidar",
+        "sample_data_token": sensor.token,
+        "sensor2ego_translation": sensor.calibration["translation"],
+        "sensor2ego_rotation": sensor.calibration["rotation"],
+        "ego2global_translation": sensor.ego_pose["translation"],
+        "ego2global_rotation": sensor.ego_pose["rotation"],
+        "timestamp": sensor.timestamp_us,
         "sensor2lidar_rotation": to_lidar_frame[:3, :3],
         "sensor2lidar_translation": to_lidar_frame[:3, 3],
-        "cam_intrinsic": np.array(camera.calibration["camera_intrinsic"]),
     }

@@ -10,7 +10,8 @@ import pytest
 
 from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig, map_text
-from datamodules.gpt_driver import GPTDriverConfig, load_arrays
+from datamodules.array_pickles import load_arrays
+from datamodules.gpt_driver import GPTDriverConfig
 from datamodules.index_file import load_index
 from datamodules.mixture import MixtureConfig
 from datamodules.nucaption import NuCaptionConfig

@@ -98,9 +98,11 @@ def test_real_can_bus_agrees_with_a_plain_search(shared):
     poses = json.loads((root / "can_bus" / "scene-0103_pose.json").read_text())
     steers = json.loads((root / "can_bus" / "scene-0103_steeranglefeedback.json").read_text())
     for row, t in enumerate(times):
-        pose = [p for p in poses if p["utime"] <= t][-1:] or poses[:1]
-        np.testing.assert_array_equal(can.velocity[row], pose[0]["vel"])
-        np.testing.assert_array_equal(can.acceleration[row], pose[0]["accel"])
+        pose = next((p for p in poses if p["utime"] > t), poses[-1])
+        np.testing.assert_array_equal(can.velocity[row], pose["vel"])
+        np.testing.assert_array_equal(can.acceleration[row], pose["accel"])
+        closest = min(poses, key=lambda m: abs(m["utime"] - t))
+        assert can.speed[row] == closest["vel"][0]
         nearest = min(steers, key=lambda m: abs(m["utime"] - t))
         assert can.steering[row] == nearest["value"]
 

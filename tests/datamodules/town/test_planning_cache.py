@@ -7,14 +7,13 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.gpt_driver import FIELDS, load_arrays
+from datamodules.array_pickles import load_arrays
+from datamodules.gpt_driver import FIELDS
 from datamodules.town.language import split_of
 from datamodules.town.planning_cache import (
     annotated_at,
-    can_bus_at,
     ego_fields,
     scene_infos,
-    steering_at,
     whole_future_tokens,
 )
 from datamodules.town.recorded import pose_matrix
@@ -158,7 +157,7 @@ def test_state_and_plan_on_a_circle(told, radius_m, command):
         log = dataclasses.replace(log, ego=dataclasses.replace(log.ego, track=mirrored))
     can = np.arange(18.0)
     lever = math.hypot(radius_m, 0.943713)
-    fields = ego_fields(log, 10, can, steering=0.2)
+    fields = ego_fields(log, 10, can, 13.0, 0.2)
     # A chord of the lidar's circle subtends the angle that the car turned.
     chords = np.linalg.norm(fields["gt_ego_fut_trajs"][1:], axis=1)
     turned = speed * 0.5 * np.arange(1, 7) / lever
@@ -169,9 +168,10 @@ def test_state_and_plan_on_a_circle(told, radius_m, command):
     expected = [0, axle, 7, 8, 0, 4.084, 1.85, 13, -2 * 0.2 / 2.588]
     np.testing.assert_allclose(fields["gt_ego_lcf_feat"], expected, atol=1e-5)
     boston = dataclasses.replace(log, road=dataclasses.replace(log.road, location="boston-seaport"))
-    assert ego_fields(boston, 10, can, 0.2)["gt_ego_lcf_feat"][8] == pytest.approx(0.4 / 2.588)
+    there = ego_fields(boston, 10, can, 13.0, 0.2)["gt_ego_lcf_feat"]
+    assert there[8] == pytest.approx(0.4 / 2.588)
     # Without CAN bus, the speed comes from the poses, and the steering is unknown.
-    bare = ego_fields(log, 10, np.zeros(18), None)["gt_ego_lcf_feat"]
+    bare = ego_fields(log, 10, np.zeros(18), None, None)["gt_ego_lcf_feat"]
     np.testing.assert_allclose(bare[[2, 3, 7, 8]], [0, 0, axle, 0], atol=1e-5)
 
 
@@ -202,21 +202,6 @@ def test_agents_add_up_to_where_they_will_be(told, infos):
                 assert info["gt_agent_fut_goal"][row] == 9
                 velocity = info["gt_velocity"][row]
                 assert np.isnan(velocity).all() or np.abs(velocity).max() < 1e-9
-
-
-def test_can_bus_messages_are_taken_as_the_readers_take_them():
-    poses = [
-        {"utime": t, "pos": [t, 0, 0], "orientation": [1, 0, 0, 0], "accel": [1, 2, 3],
-         "rotation_rate": [4, 5, 6], "vel": [7, 8, 9]}
-        for t in (100, 200, 300)
-    ]  # fmt: skip
-    assert [can_bus_at(poses, t)[0] for t in (50, 200, 299, 999)] == [100, 200, 200, 300]
-    expected = [100, 0, 0, 1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]
-    assert can_bus_at(poses, 100).tolist() == expected
-    assert not can_bus_at([], 100).any()
-    steers = [{"utime": t, "value": t / 100} for t in (100, 200, 300)]
-    assert [steering_at(steers, t) for t in (50, 151, 260)] == [1.0, 2.0, 3.0]
-    assert steering_at([], 100) is None
 
 
 def test_splits_are_the_official_ones(told):

@@ -1,0 +1,1 @@
+"""Files that other projects made of nuScenes: read, written from raw data, and compared."""
