@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from odvla.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> Any:
@@ -68,20 +65,6 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{path}, {name}: field {field!r} must be a text, not {value!r}")
     return value.strip()
-
-
-def warn_unused(path: Path, used: int, total: int) -> None:
-    """Log how many records belong to samples this root does not have.
-
-    Raises:
-        UserError: none of them fits, so that the file belongs to other data.
-    """
-    if total and not used:
-        raise UserError(
-            f"{path}: none of its {total} records belongs to a sample of this data root"
-        )
-    if used < total:
-        log.info("%s: %d of %d records belong to this data root", path, used, total)
 
 
 def _kind(value: Any) -> str:

@@ -9,12 +9,18 @@ from zlib import crc32
 
 import numpy as np
 
+from datamodules.joining import JoinReport
 from datamodules.records import Index
 from odvla.types import Conversation, EgoState
 
 
 class ConversationSource(Protocol):
     """Conversations of one or several data sets, made when they are asked for."""
+
+    @property
+    def reports(self) -> tuple[JoinReport, ...]:
+        """What became of the records of the files they are made from."""
+        return ()
 
     def count(self, frame: int) -> int:
         """How many conversations a key-frame (number in the index) has."""
@@ -28,6 +34,11 @@ class UnionSource:
     """All conversations of several sources: a plain union."""
 
     sources: tuple[ConversationSource, ...]
+
+    @property
+    def reports(self) -> tuple[JoinReport, ...]:
+        """Of all sources."""
+        return tuple(report for source in self.sources for report in source.reports)
 
     def count(self, frame: int) -> int:
         """Conversations of a key-frame in all sources."""

@@ -7,7 +7,6 @@ object's position, so the answer ends with the centre of the box in the lidar fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,52 +17,58 @@ from datamodules.conversations import (
     FrameRecords,
     LanguageDataConfig,
     LanguageDataModule,
-    group_by_frame,
 )
-from datamodules.language_files import warn_unused
-from datamodules.records import FrameRecord, Index
+from datamodules.joining import Join
+from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
 
+NO_ANNOTATION = "its annotation is not in this root"
+NO_TARGET = "its object is no target: another class, without points, or outside the extent"
 Caption = tuple[int, str]  # annotation row, final caption
 
 
-def read_tod3cap(path: Path, index: Index) -> dict[int, tuple[Caption, ...]]:
-    """Captions by key-frame number.
+def read_tod3cap(join: Join) -> list[tuple[int, Caption]]:
+    """Key-frame number and caption of every joined record, in the order of the file.
 
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, token and field.
     """
+    index = join.index
     pairs: list[tuple[int, Caption]] = []
     rows = index.annotation_rows
-    total = 0
-    for token, sample, caption in caption_rows(path):
-        total += 1
+    for token, sample, caption in caption_rows(join.file):
         row = rows.get(token)
-        if row is None:
-            continue
-        frame = int(index.annotations.frame[row])
-        if index.frames[frame].token != sample:
+        if row is not None and index.frames[int(index.annotations.frame[row])].token != sample:
+            belongs = index.frames[int(index.annotations.frame[row])].token
             raise UserError(
-                f"{path}, {token}: sample_token is {sample!r}, but the annotation belongs to "
-                f"sample {index.frames[frame].token!r}"
+                f"{join.file}, {token}: sample_token is {sample!r}, but the annotation belongs to "
+                f"sample {belongs!r}"
             )
-        pairs.append((frame, (row, caption)))
-    warn_unused(path, len(pairs), total)
-    return group_by_frame(iter(pairs))
+        frame = join.frame(sample, token)
+        if frame is not None and row is not None:
+            pairs.append((frame, (row, caption)))
+        elif frame is not None:
+            join.leave_out(NO_ANNOTATION, token)
+    return pairs
 
 
 def near_captions(
-    captions: dict[int, tuple[Caption, ...]],
-    index: Index,
-    extent_m: tuple[float, float, float, float],
-) -> dict[int, tuple[Caption, ...]]:
+    pairs: list[tuple[int, Caption]], join: Join, extent_m: tuple[float, float, float, float]
+) -> list[tuple[int, Caption]]:
     """Only captions of objects that a detector is asked for (see agents.learnable_rows)."""
-    kept = {}
-    for frame, records in captions.items():
-        near = set(learnable_rows(index, index.frames[frame], extent_m).tolist())
-        kept[frame] = tuple(record for record in records if record[0] in near)
+    index = join.index
+    near = {
+        frame: set(learnable_rows(index, index.frames[frame], extent_m).tolist())
+        for frame in dict(pairs)
+    }
+    kept = []
+    for frame, (row, caption) in pairs:
+        if row in near[frame]:
+            kept.append((frame, (row, caption)))
+        else:
+            join.leave_out(NO_TARGET, index.annotations.token[row].decode())
     return kept
 
 
@@ -113,6 +118,13 @@ class TOD3CapDataModule(LanguageDataModule):
 
     def make_source(self, split: str) -> ObjectCaptions:
         """Captions of the objects near the car."""
-        captions = read_tod3cap(self.config.language_folder / self.config.caption_file, self.index)
-        near = near_captions(captions, self.index, self.config.agent_extent_m)
-        return ObjectCaptions(self.index, self.dialect, near)
+        return object_captions(self, split)
+
+
+def object_captions(data: LanguageDataModule, split: str) -> ObjectCaptions:
+    """The source of a data module whose config is a TOD3CapConfig."""
+    config = data.config
+    assert isinstance(config, TOD3CapConfig)
+    join = data.join(config.language_folder / config.caption_file, split, all_splits=True)
+    pairs = near_captions(read_tod3cap(join), join, config.agent_extent_m)
+    return ObjectCaptions(data.index, data.dialect, *data.part(pairs, split, join.report()))

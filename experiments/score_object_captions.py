@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datamodules.joining import Join
 from datamodules.tod3cap import TOD3CapConfig, read_tod3cap
 from experiments.report import Report, ResultTable
 from experiments.submissions import Submission, coverage
@@ -88,8 +89,8 @@ def _annotated(data: NuScenesDataModule, path: Path, frames: set[int]) -> list[O
     """Captioned boxes of some key-frames."""
     index = data.index
     boxes = []
-    for number, captions in read_tod3cap(path, index).items():
-        for row, caption in captions if number in frames else ():
+    for number, (row, caption) in read_tod3cap(Join.whole(path, index)):
+        if number in frames:
             width, length, height = index.annotations.size[row].tolist()
             token = index.frames[number].token
             boxes.append(ObjectCaption(token, (width, length, height), caption))
