@@ -27,12 +27,14 @@ from odvla.language.prompts import Dialect
 from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
 
 NO_WHOLE_FUTURE = "split.json does not list it for training"
+COMMAND = "gt_ego_fut_cmd"  # right, left, straight on
+FLAGS = ("gt_ego_fut_masks", COMMAND)
 FIELDS = {
     "gt_ego_his_trajs": (HISTORY + 1, 2),
     "gt_ego_his_diff": (HISTORY, 2),
     "gt_ego_fut_trajs": (WAYPOINTS + 1, 2),
     "gt_ego_fut_masks": (WAYPOINTS,),
-    "gt_ego_fut_cmd": (len(COMMANDS),),
+    COMMAND: (len(COMMANDS),),
     "gt_ego_lcf_feat": (9,),
 }
 # What the pickle of numpy arrays and builtins names; everything else is refused.
@@ -74,7 +76,7 @@ class Driven:
             heading_speed=row(lcf[7]),
             steering=row(lcf[8]),
             history=row(self.fields["gt_ego_his_trajs"][:HISTORY]),
-            command=torch.tensor([int(self.fields["gt_ego_fut_cmd"].argmax())]),
+            command=torch.tensor([int(self.fields[COMMAND].argmax())]),
         )
 
 
@@ -133,6 +135,8 @@ def read_cache(join: Join) -> list[tuple[int, Driven]]:
         raise UserError(f"{path} must hold a dict keyed by sample token")
     pairs = []
     for token, info in content.items():
+        if not isinstance(token, str):
+            raise UserError(f"{path}: its keys must be sample tokens, not {token!r}")
         driven = _driven(info, path, token)
         frame = join.frame(token, token)
         if frame is not None:
@@ -154,7 +158,13 @@ def _driven(info: Any, path: Path, token: str) -> Driven:
                 f"{path}, {token}: field {name!r} must be finite numbers of shape {shape}, "
                 f"its shape is {values.shape}"
             )
+        if name in FLAGS and not np.isin(values, (0, 1)).all():
+            raise UserError(f"{path}, {token}: field {name!r} must be 0s and 1s, not {values}")
         fields[name] = values
+    if fields[COMMAND].sum() != 1:
+        raise UserError(
+            f"{path}, {token}: field {COMMAND!r} must have a single 1, not {fields[COMMAND]}"
+        )
     return Driven(fields["gt_ego_fut_trajs"][1:], fields["gt_ego_fut_masks"] > 0, fields)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,25 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing, not JSON, or has an object with a key twice.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=partial(_object, path))
     except FileNotFoundError as error:
         raise UserError(f"language file {path} does not exist") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"language file {path} is not JSON: {error}") from error
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's own reading forgets all but the last value of a key."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"language file {path}: an object has the key {doubled!r} twice")
+    return members
 
 
 def list_items(value: Any, path: Path) -> Iterator[tuple[str, Any]]:

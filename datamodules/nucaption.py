@@ -36,6 +36,9 @@ def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, 
         sample = text_field(record, "sample_token", path, name)
         question = text_field(record, "question", path, name)
         answer = text_field(record, answer_field, path, name)
+        for other in ANSWER_FIELDS:
+            if other in record:
+                text_field(record, other, path, name)
         frame = join.frame(sample, name)
         if frame is not None:
             pairs.append((frame, (question, answer)))

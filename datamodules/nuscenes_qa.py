@@ -42,12 +42,13 @@ def read_nuscenes_qa(join: Join) -> list[tuple[int, Asked]]:
         if template not in TEMPLATE_TYPES:
             raise UserError(f"{path}, {name}: unknown template_type {template!r}")
         answer = record.get("answer")
-        if not isinstance(answer, str | int) or answer == "":
+        # Not bool, which is an int to Python: the file says "yes" and "no".
+        if type(answer) not in (str, int) or not str(answer).strip():
             raise UserError(
                 f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}"
             )
         hops = record.get("num_hop")
-        if hops not in (0, 1):
+        if type(hops) is not int or hops not in (0, 1):
             raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
         frame = join.frame(sample, name)
         if frame is not None:
