@@ -17,6 +17,7 @@ from datamodules.map_raster import map_targets
 from datamodules.nucaption import NuCaptionConfig, read_nucaption
 from datamodules.picking import ConversationSource, UnionSource
 from datamodules.records import FrameRecord, Index
+from datamodules.subset import chosen
 from datamodules.tod3cap import TOD3CapConfig, object_captions
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
@@ -69,10 +70,11 @@ class MapTexts(ConversationSource):
     index: Index
     dialect: Dialect
     grid: BevGrid
+    sampled_out: frozenset[int] = frozenset()  # key-frames that are not trained on
 
     def count(self, frame: int) -> int:
         """Every key-frame lies on a map."""
-        return 1
+        return int(frame not in self.sampled_out)
 
     def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
         """Word the map of one key-frame."""
@@ -135,7 +137,12 @@ class AlignmentDataModule(LanguageDataModule):
         return object_captions(self, split)
 
     def _maps(self, split: str) -> ConversationSource:
-        return MapTexts(self.index, self.dialect, self.config.grid)
+        sampled_out: frozenset[int] = frozenset()
+        if split == "train":
+            frames = self.frame_numbers(split)
+            keep = chosen(self.config.sampling, len(frames), self.config.seed)
+            sampled_out = frozenset(f for f, kept in zip(frames, keep, strict=True) if not kept)
+        return MapTexts(self.index, self.dialect, self.config.grid, sampled_out)
 
     def _scenes(self, split: str) -> ConversationSource:
         path = self.config.language_folder / self.config.nucaption_files[split != "train"]

@@ -151,7 +151,7 @@ def _tiled(index, times, folder):
 
 
 def test_a_source_of_many_captions_holds_none_of_their_texts(index, tmp_path, monkeypatch):
-    """As a Python dict of tuples the texts alone would be over 3 MB, and pickled for each worker."""
+    """As Python tuples the texts alone would be over 3 MB, and pickled for each worker."""
     big = _tiled(index, 200, tmp_path)
     count = len(big.annotations.frame)
     assert count > 15_000
