@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,7 +50,7 @@ def stream_records(path: Path) -> Iterator[Row]:
         yield token, sample, caption
 
 
-def check_parts(record: Mapping[str, Any], path: Path, token: str) -> None:
+def check_parts(record: dict[str, Any], path: Path, token: str) -> None:
     """Check the parts a final caption was made of; nothing of them is kept.
 
     Raises:
@@ -71,7 +71,7 @@ def check_parts(record: Mapping[str, Any], path: Path, token: str) -> None:
 
 def _value(record: Any, field: str, path: Path, token: str) -> Any:
     for part in field.split("."):
-        if not isinstance(record, Mapping) or part not in record:
+        if not isinstance(record, dict) or part not in record:
             raise UserError(f"{path}, {token}: field {field!r} is missing")
         record = record[part]
     return record

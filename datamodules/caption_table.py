@@ -149,9 +149,11 @@ class _Conversion:
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
+        # Sorted once: a token is then found without a Python dict of a million of them.
         tokens, order = index.annotations.token, index.arrays["annotation.by_token"]
         self.sorted_rows = np.asarray(order)
         self.sorted_tokens = tokens[self.sorted_rows]
+        self.frames = np.append(index.annotations.frame, -1)  # row -1: no annotation, no frame
         samples = index.arrays["frame.token"].tolist()
         self.frame_of_sample = {token.decode(): k for k, token in enumerate(samples)}
         self.rows: list[NDArray[np.int32]] = []
@@ -196,11 +198,16 @@ class _Conversion:
 
     def _add(self, batch: list[Row], done: int, texts: BinaryIO) -> None:
         rows = self._rows_of([token for token, _, _ in batch])
+        frames = self.frames[rows].tolist()
         kept, lengths = [], []
         for number, (token, sample, caption) in enumerate(batch):
             frame = self.frame_of_sample.get(sample)
             if rows[number] >= 0:
-                self._check_sample(token, sample, int(rows[number]))
+                if frame != frames[number]:
+                    raise UserError(
+                        f"{self.path}, {token}: sample_token is {sample!r}, but the annotation "
+                        f"belongs to sample {self.index.frames[frames[number]].token!r}"
+                    )
                 text = caption.encode()
                 texts.write(text)
                 kept.append(number)
@@ -227,14 +234,6 @@ class _Conversion:
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         found = (known[at] == wanted) & (wanted != b"")
         return np.where(found, self.sorted_rows[at], -1).astype(np.int32)
-
-    def _check_sample(self, token: str, sample: str, row: int) -> None:
-        own = self.index.arrays["frame.token"][self.index.annotations.frame[row]].decode()
-        if own != sample:
-            raise UserError(
-                f"{self.path}, {token}: sample_token is {sample!r}, but the annotation belongs to "
-                f"sample {own!r}"
-            )
 
     def _refuse_doubled(self, rows: NDArray[np.int32]) -> None:
         ordered = np.sort(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     """
     value = record
     for part in field.split("."):
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise UserError(
                 f"{path}, {name}: expected an object with {field!r}, not {_kind(value)}"
             )

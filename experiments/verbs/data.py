@@ -1,4 +1,4 @@
-"""The verbs about data: `data make`, `data index`, `data show`."""
+"""The verbs about data: `data make`, `data index`, `data show`, and describe.py's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.verbs import describe
 from experiments.verbs.parser import Verbs, add_verb
 from odvla.errors import UserError
 
@@ -14,7 +15,9 @@ from odvla.errors import UserError
 def add(verbs: Verbs) -> None:
     """Declare the verbs."""
     data = verbs.add_parser(
-        "data", help="make, index and show data", description="Make, index and show data."
+        "data",
+        help="make, index, show and describe data",
+        description="Make, index, show and describe data.",
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = add_verb(
@@ -50,6 +53,7 @@ def add(verbs: Verbs) -> None:
     add_root(show)
     show.add_argument("--sample", metavar="TOKEN", help="default: the root's first")
     show.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
+    describe.add(actions)
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
