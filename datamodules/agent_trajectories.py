@@ -13,8 +13,14 @@ import numpy as np
 
 from datamodules.agents import boxes_in_lidar, futures, learnable_rows
 from datamodules.collate import Tokenises
-from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
+from datamodules.conversations import (
+    FrameRecords,
+    LanguageDataConfig,
+    LanguageDataModule,
+    group_by_frame,
+)
 from datamodules.records import FrameRecord, Index
+from datamodules.subset import chosen
 from odvla.language.prompts import Dialect
 from odvla.language.waypoints import format_future
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
@@ -81,4 +87,8 @@ class AgentTrajectoriesDataModule(LanguageDataModule):
         for scene in self.scenes(split):
             frames = range(scene.first, scene.last)
             records.update(agents_with_future(self.index, frames, self.config.agent_extent_m))
+        if split == "train" and self.config.sampling != "all":
+            pairs = [(frame, row) for frame, rows in records.items() for row in rows]
+            keep = chosen(self.config.sampling, len(pairs), self.config.seed)
+            records = group_by_frame([p for p, kept in zip(pairs, keep, strict=True) if kept])
         return AgentFutures(self.index, self.dialect, records)

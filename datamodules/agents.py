@@ -59,6 +59,22 @@ def learnable_rows(
     return rows[(x >= x_min) & (x < x_max) & (y >= y_min) & (y < y_max)]
 
 
+def learnable_mask(
+    index: Index, rows: NDArray[np.int64] | NDArray[np.int32], extent_m: tuple[float, ...]
+) -> NDArray[np.bool_]:
+    """Which annotation rows [n], of any key-frames, learnable_rows has: [n]."""
+    data = index.annotations
+    mask = (data.label[rows] >= 0) & (data.points[rows] > 0)
+    to_lidar = inverse(np.asarray(index.arrays["frame.lidar_to_global"]))
+    x_min, x_max, y_min, y_max = extent_m
+    # In parts: a matrix a row takes memory.
+    for part in np.array_split(np.flatnonzero(mask), 1 + len(rows) // 65536):
+        matrix, centre = to_lidar[data.frame[rows[part]]], data.centre[rows[part]]
+        x, y = (np.einsum("nij,nj->ni", matrix[:, :2, :3], centre) + matrix[:, :2, 3]).T
+        mask[part] = (x >= x_min) & (x < x_max) & (y >= y_min) & (y < y_max)
+    return mask
+
+
 def futures(index: Index, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Where agents go, each in its own frame at t0 (origin its centre, x right, y forward).
 

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from datamodules.caption_table import ensure_table
 from datamodules.collate import Tokenises
-from datamodules.conversations import FrameRecords, LanguageDataModule
+from datamodules.conversations import FrameRecords, LanguageDataModule, group_by_frame
 from datamodules.map_raster import map_targets
 from datamodules.nucaption import NuCaptionConfig, read_nucaption
 from datamodules.picking import ConversationSource, UnionSource
 from datamodules.records import FrameRecord, Index
-from datamodules.tod3cap import ObjectCaptions, TOD3CapConfig, near_captions, read_tod3cap
+from datamodules.subset import chosen
+from datamodules.tod3cap import TOD3CapConfig, object_captions
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import MAP_CLASSES, BevGrid, Conversation, EgoState
 
 STREAMS = ("track", "map", "scene")
+REPEATED = "its answer is that of another record of its key-frame"
+TOO_MANY = "its key-frame's summary has data.summary_answers answers already"
 # (one of, many of) for each of MAP_CLASSES
 MAP_WORDS = (
     ("lane or road divider", "lane or road dividers"),
@@ -66,10 +70,11 @@ class MapTexts(ConversationSource):
     index: Index
     dialect: Dialect
     grid: BevGrid
+    sampled_out: frozenset[int] = frozenset()  # key-frames that are not trained on
 
     def count(self, frame: int) -> int:
         """Every key-frame lies on a map."""
-        return 1
+        return int(frame not in self.sampled_out)
 
     def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
         """Word the map of one key-frame."""
@@ -117,25 +122,38 @@ class AlignmentDataModule(LanguageDataModule):
 
     config: AlignmentConfig
 
+    def prepare_data(self) -> None:
+        """Make the index and, for track tokens, the table of captions, where there are none."""
+        super().prepare_data()
+        if "track" in self.config.streams:
+            ensure_table(self.config.language_folder / self.config.caption_file, self.index)
+
     def make_source(self, split: str) -> UnionSource:
         """Union of the chosen streams' captions."""
         makers = {"track": self._objects, "map": self._maps, "scene": self._scenes}
         return UnionSource(tuple(makers[stream](split) for stream in self.config.streams))
 
     def _objects(self, split: str) -> ConversationSource:
-        path = self.config.language_folder / self.config.caption_file
-        captions = read_tod3cap(path, self.index)
-        near = near_captions(captions, self.index, self.config.agent_extent_m)
-        return ObjectCaptions(self.index, self.dialect, near)
+        return object_captions(self, split)
 
     def _maps(self, split: str) -> ConversationSource:
-        return MapTexts(self.index, self.dialect, self.config.grid)
+        sampled_out: frozenset[int] = frozenset()
+        if split == "train":
+            frames = self.frame_numbers(split)
+            keep = chosen(self.config.sampling, len(frames), self.config.seed)
+            sampled_out = frozenset(f for f, kept in zip(frames, keep, strict=True) if not kept)
+        return MapTexts(self.index, self.dialect, self.config.grid, sampled_out)
 
     def _scenes(self, split: str) -> ConversationSource:
         path = self.config.language_folder / self.config.nucaption_files[split != "train"]
-        described = read_nucaption(path, self.index, self.config.nucaption_answer)
-        summaries = {}
-        for frame, records in described.items():
-            distinct = dict.fromkeys(answer for _, answer in records)
-            summaries[frame] = ((" ".join(list(distinct)[: self.config.summary_answers]),),)
-        return SceneSummaries(self.index, self.dialect, summaries)
+        join = self.join(path, split)
+        pairs = read_nucaption(join, self.config.nucaption_answer)
+        summaries = []
+        for frame, records in group_by_frame(pairs).items():
+            distinct = list(dict.fromkeys(answer for _, answer in records))
+            told = distinct[: self.config.summary_answers]
+            summaries.append((frame, (" ".join(told),)))
+            example = self.index.frames[frame].token
+            join.leave_out(REPEATED, example, len(records) - len(distinct))
+            join.leave_out(TOO_MANY, example, len(distinct) - len(told))
+        return SceneSummaries(self.index, self.dialect, *self.part(summaries, split, join.report()))

@@ -7,16 +7,18 @@ scene slots, ego state, question) is the dialect's, see odvla/language/prompts.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 from datamodules.collate import Tokenises
 from datamodules.ego_state import ego_state
+from datamodules.joining import Join, JoinReport, Leaks
 from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index
+from datamodules.subset import check_sampling, chosen
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import COMMANDS, Conversation, EgoState
@@ -33,6 +35,11 @@ class LanguageDataConfig(NuScenesDataConfig):
     every_conversation: bool = False  # an epoch goes through all conversations, not all key-frames
     eval_conversations_per_frame: int = 0  # 0: all
     eval_frames_stride: int = 1  # every so-many-th key-frame of a scene talks in evaluation
+    # The part of the conversations that is trained on: all, first:N, end:N, random:N; N may be a
+    # percentage (first:10%). Evaluation always has all.
+    sampling: str = "all"
+    # Records of a training file about an evaluation scene are refused, or left out and counted.
+    leaks: Leaks = "refuse"
 
     def __post_init__(self) -> None:
         """Check values.
@@ -48,6 +55,9 @@ class LanguageDataConfig(NuScenesDataConfig):
         for name in ("conversations_per_frame", "eval_conversations_per_frame"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} must be 0 (all) or more, not {getattr(self, name)}")
+        check_sampling(self.sampling, "data.sampling")
+        if self.leaks not in get_args(Leaks):
+            raise UserError(f"data.leaks must be refuse or leave_out, not {self.leaks!r}")
 
     @property
     def language_folder(self) -> Path:
@@ -88,6 +98,25 @@ class LanguageDataModule(NuScenesDataModule):
         """
         raise NotImplementedError
 
+    def join(self, file: Path, split: str, *, all_splits: bool = False) -> Join:
+        """Finds the key-frames of a file's records.
+
+        Args:
+            file: the language file.
+            split: "train" or "val" (on v1.0-test: its test scenes).
+            all_splits: the file serves all splits; otherwise it is of this one.
+        """
+        # On v1.0-test, and nowhere else, evaluation scenes are those of the test split.
+        scenes = self.scenes("train" if split == "train" else "test")
+        return Join(
+            file,
+            self.index,
+            scenes[0].split,
+            scenes,
+            limit="data.train_scenes" if split == "train" else "data.eval_scenes",
+            leaks=None if all_splits else self.config.leaks,
+        )
+
     def picker(self, split: str) -> Picker:
         """Chooses frames and conversations of a split."""
         config = self.config
@@ -101,6 +130,28 @@ class LanguageDataModule(NuScenesDataModule):
             evaluation_stride=config.eval_frames_stride,
             seed=config.seed,
         )
+
+    def part(
+        self, pairs: Sequence[tuple[int, _R]], split: str, report: JoinReport
+    ) -> tuple[dict[int, tuple[_R, ...]], tuple[JoinReport]]:
+        """Records by key-frame, in training only those of the configured part.
+
+        Args:
+            pairs: (key-frame number, record) in the order of the file.
+            split: train or val.
+            report: of the join; the part is added to it.
+        """
+        if split != "train" or self.config.sampling == "all":
+            return group_by_frame(pairs), (report,)
+        keep = chosen(self.config.sampling, len(pairs), self.config.seed)
+        kept = [pair for pair, wanted in zip(pairs, keep, strict=True) if wanted]
+        told = replace(report, sampling=self.config.sampling, kept=len(kept))
+        return group_by_frame(kept), (told,)
+
+    def join_reports(self, split: str) -> tuple[JoinReport, ...]:
+        """What became of the records of a split's files, file by file."""
+        source = self.source(split)
+        return source.reports if source is not None else ()
 
     def conversations(self, split: str) -> Iterator[Conversation]:
         """Every conversation of a split, scene by scene."""
@@ -155,6 +206,7 @@ class FrameRecords(ConversationSource, Generic[_R]):
     index: Index
     dialect: Dialect
     records: Mapping[int, tuple[_R, ...]]
+    reports: tuple[JoinReport, ...] = ()
 
     def count(self, frame: int) -> int:
         """Records of a key-frame."""
@@ -171,7 +223,7 @@ class FrameRecords(ConversationSource, Generic[_R]):
         raise NotImplementedError
 
 
-def group_by_frame(pairs: Iterator[tuple[int, _R]]) -> dict[int, tuple[_R, ...]]:
+def group_by_frame(pairs: Sequence[tuple[int, _R]]) -> dict[int, tuple[_R, ...]]:
     """Records by key-frame number, in the order they come."""
     groups: dict[int, list[_R]] = {}
     for frame, record in pairs:

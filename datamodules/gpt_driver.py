@@ -18,18 +18,22 @@ from numpy.typing import NDArray
 from datamodules.array_pickles import load_arrays
 from datamodules.collate import Tokenises
 from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
-from datamodules.language_files import read_json, warn_unused
-from datamodules.records import FrameRecord, Index
+from datamodules.joining import Join, JoinReport
+from datamodules.language_files import read_json
+from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
 
+NO_WHOLE_FUTURE = "split.json does not list it for training"
+COMMAND = "gt_ego_fut_cmd"  # right, left, straight on
+FLAGS = ("gt_ego_fut_masks", COMMAND)
 FIELDS = {
     "gt_ego_his_trajs": (HISTORY + 1, 2),
     "gt_ego_his_diff": (HISTORY, 2),
     "gt_ego_fut_trajs": (WAYPOINTS + 1, 2),
     "gt_ego_fut_masks": (WAYPOINTS,),
-    "gt_ego_fut_cmd": (len(COMMANDS),),
+    COMMAND: (len(COMMANDS),),
     "gt_ego_lcf_feat": (9,),
 }
 
@@ -57,26 +61,30 @@ class Driven:
             heading_speed=row(lcf[7]),
             steering=row(lcf[8]),
             history=row(self.fields["gt_ego_his_trajs"][:HISTORY]),
-            command=torch.tensor([int(self.fields["gt_ego_fut_cmd"].argmax())]),
+            command=torch.tensor([int(self.fields[COMMAND].argmax())]),
         )
 
 
-def read_cache(path: Path, index: Index) -> dict[int, tuple[Driven]]:
-    """Cached fields by key-frame number.
+def read_cache(join: Join) -> list[tuple[int, Driven]]:
+    """Key-frame number and cached fields of every joined record, in the order of the file.
 
     Raises:
         UserError: the file is missing or refused, or a record does not fit; it names file, token
             and field.
     """
+    path = join.file
     content = load_arrays(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dict keyed by sample token")
-    records = {}
+    pairs = []
     for token, info in content.items():
-        if token in index.number_of_token:
-            records[index.number_of_token[token]] = (_driven(info, path, token),)
-    warn_unused(path, len(records), len(content))
-    return records
+        if not isinstance(token, str):
+            raise UserError(f"{path}: its keys must be sample tokens, not {token!r}")
+        driven = _driven(info, path, token)
+        frame = join.frame(token, token)
+        if frame is not None:
+            pairs.append((frame, driven))
+    return pairs
 
 
 def _driven(info: Any, path: Path, token: str) -> Driven:
@@ -93,21 +101,28 @@ def _driven(info: Any, path: Path, token: str) -> Driven:
                 f"{path}, {token}: field {name!r} must be finite numbers of shape {shape}, "
                 f"its shape is {values.shape}"
             )
+        if name in FLAGS and not np.isin(values, (0, 1)).all():
+            raise UserError(f"{path}, {token}: field {name!r} must be 0s and 1s, not {values}")
         fields[name] = values
+    if fields[COMMAND].sum() != 1:
+        raise UserError(
+            f"{path}, {token}: field {COMMAND!r} must have a single 1, not {fields[COMMAND]}"
+        )
     return Driven(fields["gt_ego_fut_trajs"][1:], fields["gt_ego_fut_masks"] > 0, fields)
 
 
-def read_split(path: Path, split: str) -> set[str]:
-    """Sample tokens of split.json's "train" or "val" list.
+def read_split(join: Join, split: str) -> set[int]:
+    """Key-frame numbers of the joined tokens in split.json's "train" or "val" list.
 
     Raises:
         UserError: the file is missing or has no such list of texts.
     """
-    content = read_json(path)
+    content = read_json(join.file)
     tokens = content.get(split) if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"{path} must hold a list of sample tokens under {split!r}")
-    return set(tokens)
+        raise UserError(f"{join.file} must hold a list of sample tokens under {split!r}")
+    frames = (join.frame(token, token) for token in tokens)
+    return {frame for frame in frames if frame is not None}
 
 
 @dataclass(frozen=True)
@@ -164,12 +179,20 @@ class GPTDriverDataModule(LanguageDataModule):
 
     def make_source(self, split: str) -> Plans:
         """Plans of one split; evaluation always has all key-frames."""
-        folder = self.config.language_folder
-        records = read_cache(folder / self.config.cache_file, self.index)
-        if split == "train" and self.config.whole_futures_only:
-            listed = read_split(folder / self.config.split_file, "train")
-            records = {n: r for n, r in records.items() if self.index.frames[n].token in listed}
-        return Plans(self.index, self.dialect, records, self.config.ego_from_cache)
+        config, folder = self.config, self.config.language_folder
+        join = self.join(folder / config.cache_file, split, all_splits=True)
+        pairs = read_cache(join)
+        listing: tuple[JoinReport, ...] = ()
+        if split == "train" and config.whole_futures_only:
+            list_join = self.join(folder / config.split_file, split)
+            listed = read_split(list_join, "train")
+            listing = (list_join.report(),)
+            for frame, _ in pairs:
+                if frame not in listed:
+                    join.leave_out(NO_WHOLE_FUTURE, self.index.frames[frame].token)
+            pairs = [pair for pair in pairs if pair[0] in listed]
+        records, reports = self.part(pairs, split, join.report())
+        return Plans(self.index, self.dialect, records, reports + listing, config.ego_from_cache)
 
     def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
         """Sample token and cached ego state of every key-frame of a split."""

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from odvla.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing, not JSON, or has an object with a key twice.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=partial(_object, path))
     except FileNotFoundError as error:
         raise UserError(f"language file {path} does not exist") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"language file {path} is not JSON: {error}") from error
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's own reading forgets all but the last value of a key."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"language file {path}: an object has the key {doubled!r} twice")
+    return members
 
 
 def list_items(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
@@ -58,7 +66,7 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     """
     value = record
     for part in field.split("."):
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise UserError(
                 f"{path}, {name}: expected an object with {field!r}, not {_kind(value)}"
             )
@@ -68,20 +76,6 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{path}, {name}: field {field!r} must be a text, not {value!r}")
     return value.strip()
-
-
-def warn_unused(path: Path, used: int, total: int) -> None:
-    """Log how many records belong to samples this root does not have.
-
-    Raises:
-        UserError: none of them fits, so that the file belongs to other data.
-    """
-    if total and not used:
-        raise UserError(
-            f"{path}: none of its {total} records belongs to a sample of this data root"
-        )
-    if used < total:
-        log.info("%s: %d of %d records belong to this data root", path, used, total)
 
 
 def _kind(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""Stage 2's data: the plain union of nuCaption, NuScenes-QA and nuX, as the paper's counts show."""
+"""Stage 2's data: nuCaption, NuScenes-QA and nuX; a plain union, as the paper's counts show."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import LanguageDataModule
@@ -10,6 +11,7 @@ from datamodules.nucaption import NuCaptionConfig, NuCaptionDataModule
 from datamodules.nuscenes_qa import NuScenesQAConfig, NuScenesQADataModule
 from datamodules.nux import NuXConfig, NuXDataModule
 from datamodules.picking import UnionSource
+from datamodules.subset import check_sampling
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 
@@ -21,12 +23,16 @@ class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig):
     """Settings of MixtureDataModule."""
 
     datasets: tuple[str, ...] = DATASETS  # an ablation leaves some out
+    # How often training draws a conversation of each of them, compared with others about the same
+    # key-frame; an epoch stays as long. (): all alike, the plain union.
+    weights: tuple[float, ...] = ()
+    samplings: tuple[str, ...] = ()  # of each data set, see `sampling`; (): that one for all
 
     def __post_init__(self) -> None:
         """Check values.
 
         Raises:
-            UserError: no data set, or an unknown one.
+            UserError: no data set, an unknown one, or weights or samplings that do not fit them.
         """
         super().__post_init__()
         unknown = [name for name in self.datasets if name not in DATASETS]
@@ -34,6 +40,24 @@ class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig):
             raise UserError(
                 f"data.datasets must be some of {', '.join(DATASETS)}, not {self.datasets}"
             )
+        for name in ("weights", "samplings"):
+            given = len(getattr(self, name))
+            if given not in (0, len(self.datasets)):
+                raise UserError(
+                    f"data.{name} must be empty or have one entry for each of the "
+                    f"{len(self.datasets)} data.datasets, not {given}"
+                )
+        if not all(0 < weight < inf for weight in self.weights):
+            raise UserError(
+                f"data.weights must be numbers above 0, not {self.weights}; leave a data set out "
+                "of data.datasets to train without it"
+            )
+        if self.weights and not self.conversations_per_frame:
+            raise UserError(
+                "data.weights change nothing where data.conversations_per_frame is 0 (all)"
+            )
+        for sampling in self.samplings:
+            check_sampling(sampling, "data.samplings")
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
@@ -43,7 +67,7 @@ class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig):
 
 
 class MixtureDataModule(LanguageDataModule):
-    """All conversations of several data sets, none drawn more often than another."""
+    """All conversations of several data sets; none is drawn more often, or by weight."""
 
     config: MixtureConfig
 
@@ -54,5 +78,10 @@ class MixtureDataModule(LanguageDataModule):
             "nuscenes_qa": NuScenesQADataModule,
             "nux": NuXDataModule,
         }
-        parts = (modules[name](self.config, None, self.dialect) for name in self.config.datasets)
-        return UnionSource(tuple(part.make_source(split) for part in parts))
+        config = self.config
+        sources = []
+        for number, name in enumerate(config.datasets):
+            own = config.samplings[number] if config.samplings else config.sampling
+            part = modules[name](replace(config, sampling=own), None, self.dialect)
+            sources.append(part.make_source(split))
+        return UnionSource(tuple(sources), config.weights)

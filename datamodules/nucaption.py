@@ -6,17 +6,16 @@ A file is a list of {sample_token, question, answer, answer_lidar}; answer_lidar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
     FrameRecords,
     LanguageDataConfig,
     LanguageDataModule,
-    group_by_frame,
 )
-from datamodules.language_files import list_items, read_json, text_field, warn_unused
-from datamodules.records import FrameRecord, Index
+from datamodules.joining import Join
+from datamodules.language_files import list_items, read_json, text_field
+from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import Conversation, EgoState
@@ -25,24 +24,25 @@ ANSWER_FIELDS = ("answer", "answer_lidar")
 Described = tuple[str, str]  # question, answer
 
 
-def read_nucaption(
-    path: Path, index: Index, answer_field: str = "answer"
-) -> dict[int, tuple[Described, ...]]:
-    """Questions and answers by key-frame number.
+def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, Described]]:
+    """Key-frame number, question and answer of every joined record, in the order of the file.
 
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, record and field.
     """
-    content = read_json(path)
+    path = join.file
     pairs: list[tuple[int, Described]] = []
-    for name, record in list_items(content, path):
+    for name, record in list_items(read_json(path), path):
         sample = text_field(record, "sample_token", path, name)
         question = text_field(record, "question", path, name)
         answer = text_field(record, answer_field, path, name)
-        if sample in index.number_of_token:
-            pairs.append((index.number_of_token[sample], (question, answer)))
-    warn_unused(path, len(pairs), len(content))
-    return group_by_frame(iter(pairs))
+        for other in ANSWER_FIELDS:
+            if other in record:
+                text_field(record, other, path, name)
+        frame = join.frame(sample, name)
+        if frame is not None:
+            pairs.append((frame, (question, answer)))
+    return pairs
 
 
 class SceneQuestions(FrameRecords[Described]):
@@ -98,5 +98,6 @@ class NuCaptionDataModule(LanguageDataModule):
     def make_source(self, split: str) -> SceneQuestions:
         """Questions of one split's file."""
         path = self.config.language_folder / self.config.nucaption_files[split != "train"]
-        records = read_nucaption(path, self.index, self.config.nucaption_answer)
-        return SceneQuestions(self.index, self.dialect, records)
+        join = self.join(path, split)
+        pairs = read_nucaption(join, self.config.nucaption_answer)
+        return SceneQuestions(self.index, self.dialect, *self.part(pairs, split, join.report()))

@@ -25,7 +25,7 @@ from datamodules.collate import Collate, Observation, Sample, Targets, Tokenises
 from datamodules.ego_state import ego_state, plan_targets
 from datamodules.frames import FrameLoader
 from datamodules.image_geometry import ImageGeometry
-from datamodules.index_file import load_index
+from datamodules.index_file import ensure_index, load_index
 from datamodules.map_raster import map_targets
 from datamodules.occupancy import FrameOccupancy
 from datamodules.picking import ConversationSource, Picker
@@ -235,6 +235,10 @@ class NuScenesDataModule(lightning.LightningDataModule):
         limit_gb = self.config.cache_limit_gb if self.config.cache_images else 0.0
         geometry, budget = self.config.image_geometry, self.config.broken_images
         return FrameLoader(self.index, geometry, limit_gb, budget, lidar=self.config.lidar)
+
+    def prepare_data(self) -> None:
+        """Make the index where there is none: once on each machine, before any process reads."""
+        ensure_index(self.config.folder, self.config.version)
 
     def setup(self, stage: str) -> None:
         """Read the tables and the conversations of the splits a stage needs."""

@@ -6,17 +6,16 @@ A file is {"info": ..., "questions": [{sample_token, question, answer, template_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
     FrameRecords,
     LanguageDataConfig,
     LanguageDataModule,
-    group_by_frame,
 )
-from datamodules.language_files import list_items, read_json, text_field, warn_unused
-from datamodules.records import FrameRecord, Index
+from datamodules.joining import Join
+from datamodules.language_files import list_items, read_json, text_field
+from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import Conversation, EgoState
@@ -25,12 +24,13 @@ TEMPLATE_TYPES = ("exist", "count", "object", "status", "comparison")
 Asked = tuple[str, str, str, int]  # question, answer, template type, hops
 
 
-def read_nuscenes_qa(path: Path, index: Index) -> dict[int, tuple[Asked, ...]]:
-    """Questions by key-frame number.
+def read_nuscenes_qa(join: Join) -> list[tuple[int, Asked]]:
+    """Key-frame number and question of every joined record, in the order of the file.
 
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, record and field.
     """
+    path = join.file
     content = read_json(path)
     if not isinstance(content, dict) or "questions" not in content:
         raise UserError(f"{path} must hold an object with a list 'questions'")
@@ -42,18 +42,18 @@ def read_nuscenes_qa(path: Path, index: Index) -> dict[int, tuple[Asked, ...]]:
         if template not in TEMPLATE_TYPES:
             raise UserError(f"{path}, {name}: unknown template_type {template!r}")
         answer = record.get("answer")
-        if not isinstance(answer, str | int) or answer == "":
+        # Not bool, which is an int to Python: the file says "yes" and "no".
+        if type(answer) not in (str, int) or not str(answer).strip():
             raise UserError(
                 f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}"
             )
         hops = record.get("num_hop")
-        if hops not in (0, 1):
+        if type(hops) is not int or hops not in (0, 1):
             raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
-        if sample in index.number_of_token:
-            asked = (question, str(answer), template, int(hops))
-            pairs.append((index.number_of_token[sample], asked))
-    warn_unused(path, len(pairs), len(content["questions"]))
-    return group_by_frame(iter(pairs))
+        frame = join.frame(sample, name)
+        if frame is not None:
+            pairs.append((frame, (question, str(answer), template, int(hops))))
+    return pairs
 
 
 class ShortQuestions(FrameRecords[Asked]):
@@ -103,4 +103,6 @@ class NuScenesQADataModule(LanguageDataModule):
     def make_source(self, split: str) -> ShortQuestions:
         """Questions of one split's file."""
         path = self.config.language_folder / self.config.qa_files[split != "train"]
-        return ShortQuestions(self.index, self.dialect, read_nuscenes_qa(path, self.index))
+        join = self.join(path, split)
+        pairs = read_nuscenes_qa(join)
+        return ShortQuestions(self.index, self.dialect, *self.part(pairs, split, join.report()))

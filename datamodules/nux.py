@@ -6,17 +6,16 @@ A file is {sample_token: {"narration": text, "reasoning": text}}.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
     FrameRecords,
     LanguageDataConfig,
     LanguageDataModule,
-    group_by_frame,
 )
-from datamodules.language_files import dict_items, read_json, text_field, warn_unused
-from datamodules.records import FrameRecord, Index
+from datamodules.joining import Join
+from datamodules.language_files import dict_items, read_json, text_field
+from datamodules.records import FrameRecord
 from odvla.language.prompts import Dialect
 from odvla.types import Conversation, EgoState
 
@@ -25,21 +24,21 @@ QUESTION = "What is the car doing now, and for what reason?"
 Explained = tuple[str, str]  # narration, reasoning
 
 
-def read_nux(path: Path, index: Index) -> dict[int, tuple[Explained, ...]]:
-    """Narration and reasoning by key-frame number.
+def read_nux(join: Join) -> list[tuple[int, Explained]]:
+    """Key-frame number, narration and reasoning of every joined record, in the order of the file.
 
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, token and field.
     """
-    content = read_json(path)
+    path = join.file
     pairs: list[tuple[int, Explained]] = []
-    for sample, record in dict_items(content, path):
+    for sample, record in dict_items(read_json(path), path):
         narration = text_field(record, "narration", path, sample)
         reasoning = text_field(record, "reasoning", path, sample)
-        if sample in index.number_of_token:
-            pairs.append((index.number_of_token[sample], (narration, reasoning)))
-    warn_unused(path, len(pairs), len(content))
-    return group_by_frame(iter(pairs))
+        frame = join.frame(sample, sample)
+        if frame is not None:
+            pairs.append((frame, (narration, reasoning)))
+    return pairs
 
 
 def narration_answer(narration: str, reasoning: str) -> str:
@@ -87,4 +86,6 @@ class NuXDataModule(LanguageDataModule):
     def make_source(self, split: str) -> Narrations:
         """Records of one split's file."""
         path = self.config.language_folder / self.config.nux_files[split != "train"]
-        return Narrations(self.index, self.dialect, read_nux(path, self.index))
+        join = self.join(path, split)
+        pairs = read_nux(join)
+        return Narrations(self.index, self.dialect, *self.part(pairs, split, join.report()))

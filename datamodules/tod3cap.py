@@ -6,87 +6,61 @@ object's position, so the answer ends with the centre of the box in the lidar fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from datamodules.agents import boxes_in_lidar, learnable_rows
-from datamodules.caption_table import caption_rows
+from datamodules.agents import boxes_in_lidar, learnable_mask
+from datamodules.caption_table import CaptionTable, ensure_table, open_table
 from datamodules.collate import Tokenises
-from datamodules.conversations import (
-    FrameRecords,
-    LanguageDataConfig,
-    LanguageDataModule,
-    group_by_frame,
-)
-from datamodules.language_files import warn_unused
-from datamodules.records import FrameRecord, Index
-from odvla.errors import UserError
+from datamodules.conversations import LanguageDataConfig, LanguageDataModule
+from datamodules.joining import ELSEWHERE, Join, JoinReport
+from datamodules.picking import ConversationSource
+from datamodules.records import Index
+from datamodules.subset import chosen
 from odvla.language.prompts import Dialect
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
 
-Caption = tuple[int, str]  # annotation row, final caption
+NO_ANNOTATION = "its annotation is not in this root"
+NO_TARGET = "its object is no target: another class, without points, or outside the extent"
 
 
-def read_tod3cap(path: Path, index: Index) -> dict[int, tuple[Caption, ...]]:
-    """Captions by key-frame number.
+@dataclass(frozen=True)
+class ObjectCaptions(ConversationSource):
+    """One conversation an object: its caption and BEV coordinate.
 
-    Raises:
-        UserError: the file is missing, or a record does not fit; it names file, token and field.
+    Shape legend: K captions of the table, F key-frames of the root.
     """
-    pairs: list[tuple[int, Caption]] = []
-    rows = index.annotation_rows
-    total = 0
-    for token, sample, caption in caption_rows(path):
-        total += 1
-        row = rows.get(token)
-        if row is None:
-            continue
-        frame = int(index.annotations.frame[row])
-        if index.frames[frame].token != sample:
-            raise UserError(
-                f"{path}, {token}: sample_token is {sample!r}, but the annotation belongs to "
-                f"sample {index.frames[frame].token!r}"
-            )
-        pairs.append((frame, (row, caption)))
-    warn_unused(path, len(pairs), total)
-    return group_by_frame(iter(pairs))
 
+    index: Index
+    dialect: Dialect
+    table: CaptionTable
+    kept: NDArray[np.bool_]  # [K]
+    counts: NDArray[np.int64]  # [F] of those kept
+    reports: tuple[JoinReport, ...] = ()
 
-def near_captions(
-    captions: dict[int, tuple[Caption, ...]],
-    index: Index,
-    extent_m: tuple[float, float, float, float],
-) -> dict[int, tuple[Caption, ...]]:
-    """Only captions of objects that a detector is asked for (see agents.learnable_rows)."""
-    kept = {}
-    for frame, records in captions.items():
-        near = set(learnable_rows(index, index.frames[frame], extent_m).tolist())
-        kept[frame] = tuple(record for record in records if record[0] in near)
-    return kept
+    def count(self, frame: int) -> int:
+        """Captions of a key-frame."""
+        return int(self.counts[frame])
 
-
-class ObjectCaptions(FrameRecords[Caption]):
-    """One conversation an object: its caption and BEV coordinate."""
-
-    def conversation(
-        self, frame: FrameRecord, number: int, record: Caption, ego: EgoState
-    ) -> Conversation:
+    def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
         """Word one caption."""
-        row, caption = record
-        data = self.index.annotations
-        box = boxes_in_lidar(self.index, np.array([row]), frame)[0]
-        answer = self.dialect.object_caption_answer(caption, float(box[0]), float(box[1]))
+        first, last = self.table.first[frame : frame + 2].tolist()
+        caption = first + int(np.flatnonzero(self.kept[first:last])[number])
+        row, text = int(self.table.row[caption]), self.table.text(caption)
+        data, record = self.index.annotations, self.index.frames[frame]
+        box = boxes_in_lidar(self.index, np.array([row]), record)[0]
+        answer = self.dialect.object_caption_answer(text, float(box[0]), float(box[1]))
         return Conversation(
             id=f"{data.token[row].decode()}_caption",
-            sample_token=frame.token,
+            sample_token=record.token,
             kind="caption_object",
             turns=self.dialect.turns("caption_object", answer, ego),
             reference=answer,
             object_box=tuple(float(value) for value in box),
             meta={
-                "caption": caption,
+                "caption": text,
                 "class": DETECTION_CLASSES[data.label[row]],
                 "annotation_token": data.token[row].decode(),
             },
@@ -111,8 +85,76 @@ class TOD3CapDataModule(LanguageDataModule):
 
     config: TOD3CapConfig
 
+    def prepare_data(self) -> None:
+        """Make the index and the table of captions, where there are none."""
+        super().prepare_data()
+        ensure_table(self.config.language_folder / self.config.caption_file, self.index)
+
     def make_source(self, split: str) -> ObjectCaptions:
         """Captions of the objects near the car."""
-        captions = read_tod3cap(self.config.language_folder / self.config.caption_file, self.index)
-        near = near_captions(captions, self.index, self.config.agent_extent_m)
-        return ObjectCaptions(self.index, self.dialect, near)
+        return object_captions(self, split)
+
+
+def object_captions(data: LanguageDataModule, split: str) -> ObjectCaptions:
+    """Captions of the objects a detector is asked for (see agents.learnable_rows).
+
+    Args:
+        data: a data module whose config is a TOD3CapConfig.
+        split: train or val.
+
+    Raises:
+        UserError: the file is missing, or a record does not fit; it names file, token and field.
+    """
+    config, index = data.config, data.index
+    assert isinstance(config, TOD3CapConfig)
+    path = config.language_folder / config.caption_file
+    table = open_table(ensure_table(path, index))
+    join = data.join(path, split, all_splits=True)
+    kept = _joined(table, join)
+    near = kept.copy()
+    near[kept] = learnable_mask(index, table.row[kept], config.agent_extent_m)
+    far = np.flatnonzero(kept & ~near)
+    if len(far):
+        join.leave_out(NO_TARGET, _token(table, index, _earliest(table, far)), len(far))
+    report = join.report()
+    if split == "train" and config.sampling != "all":
+        numbers = np.flatnonzero(near)
+        in_file = numbers[np.argsort(table.place[numbers])]
+        part = in_file[chosen(config.sampling, len(in_file), config.seed)]
+        near[:] = False
+        near[part] = True
+        report = replace(report, sampling=config.sampling, kept=len(part))
+    counts = np.add.reduceat(np.append(near, False), table.first[:-1], dtype=np.int64)
+    counts[np.diff(table.first) == 0] = 0  # reduceat gives these the element they begin at
+    return ObjectCaptions(index, data.dialect, table, near, counts, (report,))
+
+
+def _joined(table: CaptionTable, join: Join) -> NDArray[np.bool_]:
+    """[K] captions in key-frames that are wanted; the others are counted."""
+    elsewhere, first = table.elsewhere
+    join.records = len(table.row) + len(table.missing_frame) + elsewhere
+    join.leave_out(ELSEWHERE, first, elsewhere)
+    verdicts = join.verdicts[table.frame]
+    missing = join.verdicts[table.missing_frame]
+    for number, reason in enumerate(join.reasons):
+        captions = np.flatnonzero(verdicts == number)
+        without = table.missing_token[missing == number]
+        if not reason:
+            join.found = len(captions)
+            join.leave_out(NO_ANNOTATION, without[0].decode() if len(without) else "", len(without))
+            continue
+        if len(captions):
+            example = _token(table, join.index, _earliest(table, captions))
+            join.leave_out(reason, example, len(captions))
+        if len(without):
+            join.leave_out(reason, without[0].decode(), len(without))
+    return verdicts == 0
+
+
+def _earliest(table: CaptionTable, captions: NDArray[np.int64]) -> int:
+    """The first of some captions in the published file."""
+    return int(captions[table.place[captions].argmin()])
+
+
+def _token(table: CaptionTable, index: Index, caption: int) -> str:
+    return index.annotations.token[int(table.row[caption])].decode()

@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datamodules.tod3cap import TOD3CapConfig, read_tod3cap
+from datamodules.caption_table import ensure_table, open_table
+from datamodules.tod3cap import TOD3CapConfig
 from experiments.report import Report, ResultTable
 from experiments.submissions import Submission, coverage
 from odvla.errors import UserError
@@ -88,11 +89,12 @@ def _annotated(data: NuScenesDataModule, path: Path, frames: set[int]) -> list[O
     """Captioned boxes of some key-frames."""
     index = data.index
     boxes = []
-    for number, captions in read_tod3cap(path, index).items():
-        for row, caption in captions if number in frames else ():
-            width, length, height = index.annotations.size[row].tolist()
-            token = index.frames[number].token
-            boxes.append(ObjectCaption(token, (width, length, height), caption))
+    table = open_table(ensure_table(path, index))
+    for number in sorted(frames):
+        token = index.frames[number].token
+        for caption in range(*table.first[number : number + 2].tolist()):
+            width, length, height = index.annotations.size[int(table.row[caption])].tolist()
+            boxes.append(ObjectCaption(token, (width, length, height), table.text(caption)))
     return boxes
 
 

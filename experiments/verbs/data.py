@@ -1,4 +1,4 @@
-"""The verbs about data: `data make`, `data index`, `data show`; exchange.py has two more."""
+"""The verbs about data: `data make`, `data index`, `data show`; others from describe, exchange."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.verbs import exchange
+from experiments.verbs import describe, exchange
 from experiments.verbs.parser import Verbs, add_verb
 from odvla.errors import UserError
 
@@ -16,8 +16,8 @@ def add(verbs: Verbs) -> None:
     """Declare the verbs."""
     data = verbs.add_parser(
         "data",
-        help="make, index, show, export and compare data",
-        description="Make, index, show, export and compare data.",
+        help="make, index, show, describe, export and compare data",
+        description="Make, index, show, describe, export and compare data.",
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = add_verb(
@@ -53,6 +53,7 @@ def add(verbs: Verbs) -> None:
     add_root(show)
     show.add_argument("--sample", metavar="TOKEN", help="default: the root's first")
     show.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write")
+    describe.add(actions)
     exchange.add(actions, add_root)
 
 

@@ -1,21 +1,47 @@
-"""The caption table: streamed records against json, its cache, its memory, its refusals."""
+"""The caption table: streamed records against json, its order, its cache, its memory, refusals."""
 
 import json
+import pickle
 import tracemalloc
+from dataclasses import fields
 
+import numpy as np
 import pytest
 
-from datamodules import caption_table
-from datamodules.caption_table import caption_rows, ensure_table, stream_records
-from datamodules.index_file import cache_folder
+from datamodules import caption_stream
+from datamodules.agents import learnable_mask, learnable_rows
+from datamodules.caption_stream import stream_records
+from datamodules.caption_table import ensure_table, open_table
+from datamodules.columns import write_columns
+from datamodules.index_file import cache_folder, load_index, map_index
+from datamodules.records import AgentPaths, Annotations
+from datamodules.tod3cap import TOD3CapConfig
 from odvla.errors import UserError
 
+EXTENT_M = (-32.0, 32.0, -32.0, 32.0)
 
-def _record(number):
+
+def _record(number, sample="s"):
     return {
-        "sample_token": f"s{number}",
+        "sample_token": sample,
+        "instance_token": "i",
+        "attribute_caption": {"attribute_caption": "Auto"},
+        "depth_caption": {"depth": 7.5, "depth_caption": "nah"},
+        "localization_caption": {
+            "localization_caption": "vorne",
+            "x_offset": 1.5,
+            "y_offset": 7,
+            "localization_theta": 12.0,
+        },
+        "motion_caption": {
+            "motion_caption": "moving",
+            "x_vel": float("nan"),
+            "y_vel": float("nan"),
+            "bev_vel": float("nan"),
+        },
+        "map_caption": {"map_caption": ""},
+        "relation_caption": "none",
         "final_caption": f"Ein Auto, größer als {number}.",
-        "motion_caption": {"motion_caption": "moving", "x_vel": float("nan")},
     }
 
 
@@ -30,24 +56,66 @@ def _write(path, count):
 @pytest.mark.parametrize("chunk", [64, 500, 1 << 18])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_streaming_reads_what_json_reads(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(caption_table, "CHUNK", chunk)
+    monkeypatch.setattr(caption_stream, "CHUNK", chunk)
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps({f"t{k}": _record(k) for k in range(20)}, indent=indent))
+    path.write_text(json.dumps({f"t{k}": _record(k, f"s{k}") for k in range(20)}, indent=indent))
     whole = json.loads(path.read_text())
     expected = [(t, r["sample_token"], r["final_caption"]) for t, r in whole.items()]
     assert list(stream_records(path)) == expected
-    assert list(caption_rows(path)) == expected
 
 
-def test_a_table_is_made_once_and_again_when_the_file_changes(tmp_path):
-    path = _write(tmp_path / "captions.json", 3)
-    table = ensure_table(path)
+def _shuffled(index, path, seed=0):
+    """Every annotation's caption in any order, with some of other roots in between."""
+    tokens = index.annotations.token.tolist()
+    order = np.random.default_rng(seed).permutation(len(tokens)).tolist()
+    records = {}
+    for k in order:
+        sample = index.frames[int(index.annotations.frame[k])].token
+        records[tokens[k].decode()] = _record(k, sample)
+        if k % 10 == 0:
+            records[f"elsewhere{k}"] = _record(k, "nowhere")
+            records[f"gone{k}"] = _record(k, sample)
+    path.write_text(json.dumps(records))
+    return records
+
+
+@pytest.fixture
+def index(circle_root):
+    return load_index(circle_root, "v1.0-mini")
+
+
+def test_captions_lie_by_key_frame_in_the_order_of_the_file(index, tmp_path):
+    records = _shuffled(index, tmp_path / "captions.json")
+    table = open_table(ensure_table(tmp_path / "captions.json", index))
+    in_file = list(records)
+    for copy in (table, pickle.loads(pickle.dumps(table))):
+        for frame in index.frames:
+            expected = [
+                (index.annotation_rows[token], record["final_caption"], in_file.index(token))
+                for token, record in records.items()
+                if record["sample_token"] == frame.token and token in index.annotation_rows
+            ]
+            numbers = range(*copy.first[frame.number : frame.number + 2].tolist())
+            found = [(int(copy.row[n]), copy.text(n), int(copy.place[n])) for n in numbers]
+            assert found == expected
+    elsewhere = [t for t in records if t.startswith("elsewhere")]
+    assert table.elsewhere == (len(elsewhere), elsewhere[0])
+    gone = [t for t in records if t.startswith("gone")]
+    assert [t.decode() for t in table.missing_token] == gone
+    assert len(pickle.dumps(table)) < 1000
+
+
+def test_a_table_is_made_once_and_again_when_the_file_changes(index, tmp_path):
+    path = tmp_path / "captions.json"
+    _shuffled(index, path)
+    table = ensure_table(path, index)
     made = table.stat().st_mtime_ns
-    assert ensure_table(path).stat().st_mtime_ns == made
-    _write(path, 5)
-    assert len(list(caption_rows(path))) == 5
+    assert ensure_table(path, index).stat().st_mtime_ns == made
+    first = open_table(table).text(0)
     table.write_bytes(b"cut")
-    assert len(list(caption_rows(path))) == 5
+    assert open_table(ensure_table(path, index)).text(0) == first
+    _write(path, 5)
+    assert open_table(ensure_table(path, index)).elsewhere == (5, "t0")
 
 
 def _peak(path):
@@ -59,28 +127,88 @@ def _peak(path):
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path):
-    few, small = _peak(_write(tmp_path / "few.json", 5000))
-    many, large = _peak(_write(tmp_path / "many.json", 40000))
-    assert (few, many) == (5000, 40000)
+    few, small = _peak(_write(tmp_path / "few.json", 3000))
+    many, large = _peak(_write(tmp_path / "many.json", 20000))
+    assert (few, many) == (3000, 20000)
     assert large < 1.2 * small
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def _tiled(index, times, folder):
+    """A root with every annotation `times` times (tokens differ), as a file that is mapped."""
+    arrays = dict(index.arrays)
+    rows = np.repeat(np.arange(len(index.annotations.frame)), times)
+    for prefix, kind in (("annotation", Annotations), ("path", AgentPaths)):
+        for field in fields(kind):
+            name = f"{prefix}.{field.name}"
+            if name in arrays:
+                arrays[name] = arrays[name][rows]
+    arrays["annotation.token"] = np.array([f"{k:032x}".encode() for k in range(len(rows))])
+    arrays["annotation.by_token"] = np.arange(len(rows))
+    arrays["frame.annotations"] = arrays["frame.annotations"] * times
+    facts = {"kind": "odvla index", "schema_version": "2", "version": index.version}
+    write_columns(folder / "index.arrow", arrays, {**facts, "fingerprint": "f", "sources": "{}"})
+    return map_index(folder / "index.arrow", index.root)
+
+
+def test_a_source_of_many_captions_holds_none_of_their_texts(index, tmp_path, monkeypatch):
+    """As Python tuples the texts alone would be over 3 MB, and pickled for each worker."""
+    big = _tiled(index, 200, tmp_path)
+    count = len(big.annotations.frame)
+    assert count > 15_000
+    path = tmp_path / "captions.json"
+    with path.open("w") as file:
+        for row, frame in enumerate(big.annotations.frame.tolist()):
+            record = _record(row, big.frames[frame].token) | {"final_caption": f"{row} " * 30}
+            file.write(f'{"," if row else "{"}"{row:032x}": {json.dumps(record)}')
+        file.write("}")
+    config = TOD3CapConfig(str(big.root), caption_file=str(path), sampling="random:50%")
+    data = config.build()
+    monkeypatch.setattr(type(data), "index", big)
+    ensure_table(path, big)
+    tracemalloc.start()
+    source = data.source("train")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2e6
+    assert len(pickle.dumps(source)) < 2 * count + 20_000
+    # The same objects that learnable_rows has, found for all key-frames at once; half of them kept.
+    near = [learnable_rows(big, frame, EXTENT_M).tolist() for frame in big.frames]
+    mask = learnable_mask(big, np.arange(count), EXTENT_M)
+    assert np.flatnonzero(mask).tolist() == [row for rows in near for row in rows]
+    (report,) = source.reports
+    train = sum(len(near[f]) for s in big.scenes_of("train") for f in range(s.first, s.last))
+    assert report.joined == train
+    assert report.kept == -(-train // 2) == sum(map(source.count, range(len(big.frames))))
+
+
+def _cases():
+    bare = json.dumps({"t0": {"sample_token": "s"}})
+    good = json.dumps({"t0": _record(0)})
+    return [
         ("[]", "must hold an object"),
         ("", "must hold an object"),
         ('{"t0": {"sample_token": "s", "final_caption"', "is not JSON"),
-        ('{"t0": {"sample_token": "s", "final_caption": "a"}', "is not JSON"),
-        ('{"t0": {"sample_token": "s", "final_caption": "a"}} x', "is not JSON"),
-        ('{"t0": {"sample_token": "s"}}', "t0: field 'final_caption' is missing"),
+        (good[:-1], "is not JSON"),
+        (f"{good} x", "is not JSON"),
+        (bare, "t0: field 'final_caption' is missing"),
         ('{"t0": 3}', "t0: expected an object"),
-    ],
-)
-def test_what_does_not_fit_is_named_and_leaves_no_table(tmp_path, text, message):
+    ]
+
+
+@pytest.mark.parametrize(("text", "message"), _cases())
+def test_what_does_not_fit_is_named_and_leaves_no_table(index, tmp_path, text, message):
     path = tmp_path / "captions.json"
     path.write_text(text)
     for _ in range(2):
         with pytest.raises(UserError, match=message):
-            list(caption_rows(path))
+            ensure_table(path, index)
     assert not list(cache_folder().glob(".captions-*.partial"))
+
+
+def test_a_second_caption_of_an_annotation_is_named(index, tmp_path):
+    path = tmp_path / "captions.json"
+    token = index.annotations.token[3].decode()
+    record = json.dumps(_record(0, index.frames[int(index.annotations.frame[3])].token))
+    path.write_text(f'{{"{token}": {record}, "{token}": {record}}}')
+    with pytest.raises(UserError, match=rf"{token}: 1 annotation\(s\) have a second caption"):
+        ensure_table(path, index)

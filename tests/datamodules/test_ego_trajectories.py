@@ -10,6 +10,7 @@ from datamodules.ego_state import command_of, future_positions, past_positions
 from datamodules.ego_trajectories import cached_trajectories, mixed_up_yaw, planning_label
 from datamodules.gpt_driver import read_cache
 from datamodules.index_file import load_index
+from datamodules.joining import Join
 from datamodules.poses import rigid
 from datamodules.records import index_of_poses
 from odvla.types import COMMANDS
@@ -164,10 +165,11 @@ def test_the_towns_cache_is_the_cached_form(town_root):
     """The generator writes the pickle from its own truth; the index knows only the tables."""
     version = next(p.name for p in town_root.glob("v1.0-*"))
     index = load_index(town_root, version)
-    records = read_cache(town_root / "language" / "gpt_driver" / "cached_nuscenes_info.pkl", index)
+    path = town_root / "language" / "gpt_driver" / "cached_nuscenes_info.pkl"
+    records = dict(read_cache(Join.whole(path, index)))
     assert len(records) == len(index.frames)
     for frame in index.frames:
-        fields = records[frame.number][0].fields
+        fields = records[frame.number].fields
         ours = cached_trajectories(index, frame)
         for name, values in (
             ("gt_ego_his_trajs", ours.history),

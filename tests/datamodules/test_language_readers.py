@@ -31,7 +31,23 @@ def _tod3cap(index):
         token.decode(): {
             "sample_token": index.frames[frame].token,
             "final_caption": f"Thing {row} stands still.",
+            "instance_token": index.instance_tokens[index.annotations.instance[row]],
             "attribute_caption": {"attribute_caption": "Thing"},
+            "depth_caption": {"depth": 7.5, "depth_caption": "near"},
+            "localization_caption": {
+                "localization_caption": "ahead",
+                "x_offset": 1.5,
+                "y_offset": 7,
+                "localization_theta": 12.0,
+            },
+            "motion_caption": {
+                "motion_caption": "standing",
+                "x_vel": float("nan"),
+                "y_vel": float("nan"),
+                "bev_vel": float("nan"),
+            },
+            "map_caption": {"map_caption": ""},
+            "relation_caption": "none",
         }
         for row, (token, frame) in enumerate(
             zip(index.annotations.token, index.annotations.frame, strict=True)
@@ -281,6 +297,10 @@ BROKEN = {
                 lambda c: c[2].update(question=5),
                 r"record 2: field 'question' must be a text, not 5",
             ),
+            (
+                lambda c: c[3].update(answer_lidar=" "),
+                r"record 3: field 'answer_lidar' must be a text",
+            ),
             (lambda c: {"a": 1}, r"must hold a list of records, not an object"),
             (lambda c: c[-1:], r"none of its 1 records belongs to a sample"),
         ],
@@ -293,7 +313,14 @@ BROKEN = {
                 lambda c: c["questions"][0].update(template_type="why"),
                 r"unknown template_type 'why'",
             ),
-            (lambda c: c["questions"][0].update(answer=None), r"field 'answer'"),
+            (lambda c: c["questions"][7].update(num_hop=True), r"record 7: field 'num_hop'"),
+            *(
+                (
+                    lambda c, answer=answer: c["questions"][3].update(answer=answer),
+                    r"record 3: field 'answer' must be a word or number",
+                )
+                for answer in (None, "", " \n", True, ["yes"])
+            ),
             (lambda c: c["questions"], r"an object with a list 'questions'"),
         ],
     ),
@@ -311,6 +338,28 @@ BROKEN = {
             (
                 lambda c: next(iter(c.values())).update(sample_token="x"),
                 r"sample_token is 'x', but",
+            ),
+            (
+                lambda c: next(iter(c.values())).pop("relation_caption"),
+                r"field 'relation_caption' is missing",
+            ),
+            (
+                lambda c: next(iter(c.values())).update(map_caption="on a road"),
+                r"field 'map_caption.map_caption' is missing",
+            ),
+            (
+                lambda c: next(iter(c.values()))["depth_caption"].update(depth=True),
+                r"field 'depth_caption.depth' must be a number, not True",
+            ),
+            (
+                lambda c: next(iter(c.values()))["localization_caption"].update(
+                    x_offset=float("nan")
+                ),
+                r"field 'localization_caption.x_offset' must be a number, not nan",
+            ),
+            (
+                lambda c: next(iter(c.values()))["motion_caption"].update(bev_vel="fast"),
+                r"field 'motion_caption.bev_vel' must be a number, not 'fast'",
             ),
         ],
     ),
@@ -375,6 +424,77 @@ def test_a_pickle_that_cannot_be_held_or_read_is_named(tmp_path):
         load_arrays(path)
     with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
         load_arrays(tmp_path)
+
+
+def test_a_key_that_comes_twice_is_named(root, tmp_path):
+    """Python's reader would keep the last of two values and say nothing."""
+    path = tmp_path / "nux" / "Nu_X_train.json"
+    path.parent.mkdir()
+    text = (root / "language/nux/Nu_X_train.json").read_text()
+    token = next(iter(json.loads(text)))
+    path.write_text(f'{text[:-1]}, "{token}": {{"narration": "a", "reasoning": "b"}}}}')
+    with pytest.raises(
+        UserError, match=rf"Nu_X_train\.json: an object has the key '{token}' twice"
+    ):
+        _build(NuXConfig, root, language_root=str(tmp_path)).source("train")
+
+
+CACHE = "gpt_driver/cached_nuscenes_info.pkl"
+BROKEN_CACHES = [
+    (lambda c, t: c.update({7: c[t]}), r"its keys must be sample tokens, not 7"),
+    (lambda c, t: c[t].update(gt_ego_fut_masks=np.full(6, 0.5)), r"must be 0s and 1s, not \[0\.5 "),
+    (
+        lambda c, t: c[t].update(gt_ego_fut_cmd=np.array([1, 1, 0])),
+        r"a single 1, not \[1\. 1\. 0\.",
+    ),
+    (lambda c, t: c[t].update(gt_ego_fut_cmd=np.zeros(3)), r"a single 1, not \[0\. 0\. 0\."),
+    (lambda c, t: c[t].update(gt_ego_fut_cmd=np.array([2, 0, -1])), r"must be 0s and 1s"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_CACHES)
+def test_broken_cache_records_are_named(root, tmp_path, change, message):
+    cache = pickle.loads((root / "language" / CACHE).read_bytes())
+    change(cache, next(iter(cache)))
+    (tmp_path / "gpt_driver").mkdir()
+    (tmp_path / CACHE).write_bytes(pickle.dumps(cache))
+    with pytest.raises(UserError, match=message):
+        _build(GPTDriverConfig, root, language_root=str(tmp_path)).source("train")
+
+
+def test_unknown_tokens_of_a_cache_are_counted(root, tmp_path):
+    cache = pickle.loads((root / "language" / CACHE).read_bytes())
+    cache["of-another-root"] = next(iter(cache.values()))
+    (tmp_path / "gpt_driver").mkdir()
+    (tmp_path / CACHE).write_bytes(pickle.dumps(cache))
+    data = _build(GPTDriverConfig, root, language_root=str(tmp_path))
+    (report,) = data.join_reports("val")
+    told = {left.reason: (left.count, left.example) for left in report.left_out}
+    assert (report.records, report.joined) == (27, 13)
+    assert told["its sample is not in this root"] == (1, "of-another-root")
+    assert told["its sample belongs to the train split"][0] == 13
+
+
+def test_left_out_objects_and_whole_futures_are_counted(root):
+    """The hand-made root: per key-frame a car and sometimes a walker count, three others do not."""
+    data = _build(TOD3CapConfig, root)
+    objects = len(list(data.conversations("train")))
+    (report,) = data.join_reports("train")
+    index = data.index
+    split = [index.scenes[index.frames[f].scene].split for f in index.annotations.frame]
+    assert report.records == len(split)
+    counts = {left.reason: left.count for left in report.left_out}
+    assert counts.pop("its sample belongs to the val split") == split.count("val")
+    assert list(counts.values()) == [split.count("train") - objects]
+    assert report.joined == objects
+    data = _build(GPTDriverConfig, root, whole_futures_only=True)
+    data.source("train")
+    cache, listing = data.join_reports("train")
+    assert (cache.joined, listing.records, listing.joined) == (3, 3, 3)
+    assert {left.reason: left.count for left in cache.left_out} == {
+        "its sample belongs to the val split": 13,
+        "split.json does not list it for training": 10,
+    }
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -8,6 +8,7 @@ from nuscenes.nuscenes import NuScenes
 from datamodules.alignment import AlignmentConfig
 from datamodules.gpt_driver import GPTDriverConfig, read_cache
 from datamodules.index_file import load_index
+from datamodules.joining import Join
 from datamodules.mixture import MixtureConfig
 from datamodules.nuscenes import NuScenesDataConfig
 from odvla.language.prompts import Dialect
@@ -42,11 +43,11 @@ def test_cached_plans_agree_with_the_poses(town_root, version, index):
     """Two ways to the same numbers: GPT-Driver's cache, and the tables."""
     data = GPTDriverConfig(str(town_root), version).build(dialect=Dialect("compact"))
     folder = data.config.language_folder
-    cached = read_cache(folder / data.config.cache_file, index)
+    cached = dict(read_cache(Join.whole(folder / data.config.cache_file, index)))
     assert len(cached) == len(index.frames)
     for split in ("train", "val"):
         for frame in data.evaluation_frames(split):
-            (record,) = cached[index.number_of_token[frame.sample_token]]
+            record = cached[index.number_of_token[frame.sample_token]]
             assert record.mask.tolist() == frame.plan.mask[0].tolist()
             np.testing.assert_allclose(record.waypoints, frame.plan.waypoints[0], atol=0.05)
             ego, other = frame.ego, record.ego()
