@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from odvla.errors import UserError
 from odvla.language.dialect_file import (
+    ASKED_LIKE,
     EGO_FIELDS,
     KINDS,
     LABELS,
@@ -143,6 +144,8 @@ class Dialect:
 
     def request(self, kind: str, ego: EgoState | None, question: str = "") -> str:
         """The user's message (see `turns`)."""
+        if kind not in self.wording.requests:
+            kind = ASKED_LIKE.get(kind, kind)
         if kind not in self.wording.requests:
             raise UserError(
                 f"dialect {self.name!r} has no request of kind {kind!r}, only "
