@@ -22,15 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.collate import Tokenises
-from datamodules.conversations import (
-    FrameRecords,
-    LanguageDataConfig,
-    LanguageDataModule,
-    group_by_frame,
-)
-from datamodules.language_files import dict_items, read_json, text_field, warn_unused
+from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
+from datamodules.joining import Join
+from datamodules.language_files import dict_items, read_json, text_field
 from datamodules.multiple_choice import INSTRUCTION, LETTERS, as_multiple_choice
-from datamodules.records import FrameRecord, Index
+from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import CAMERAS, Conversation, EgoState, Turn
@@ -40,8 +36,14 @@ log = logging.getLogger(__name__)
 TOPICS = ("perception", "prediction", "planning", "behavior")
 IMAGE_SIZE = (1600, 900)  # that key objects are measured in, whatever size is shown to a model
 TAGS = (0, 1, 2, 3)  # accuracy, ChatGPT, language, match (see odvla/metrics/drivelm.py)
-# The challenge asks these with four options (its convert_data.py): how such a question starts.
-WITH_OPTIONS = ("What is the moving status of object", "Predict the behavior of the ego vehicle")
+# The challenge asks these with four options (its convert_data.py): how such a question starts, and
+# answers that are options even where a file does not give them.
+WITH_OPTIONS: dict[str, tuple[str, ...]] = {
+    "What is the moving status of object": (
+        "Going ahead.", "Turn right.", "Turn left.", "Stopped.", "Back up.", "Reverse parking.",
+    ),
+    "Predict the behavior of the ego vehicle": (),
+}  # fmt: skip
 _KEY_OBJECT = re.compile(r"<(c\d+),(CAM_\w+),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)>")
 
 
@@ -93,36 +95,32 @@ def parse_key_object(text: str) -> KeyObject:
     return KeyObject(found[1], found[2], float(found[3]), float(found[4]))
 
 
-def read_drivelm(
-    path: Path, index: Index, *, answered: bool
-) -> dict[int, tuple[GraphQuestion, ...]]:
-    """Questions by key-frame number, in the order of the graph.
+def read_drivelm(join: Join, *, answered: bool) -> list[tuple[int, GraphQuestion]]:
+    """Key-frame number and question of every joined question, in the order of file and graph.
 
     Args:
-        path: a file of DriveLM-nuScenes, published or the challenge's.
-        index: the root's index.
+        join: with a file of DriveLM-nuScenes, published or the challenge's.
         answered: whether every question must have its answer, as in training.
 
     Raises:
         UserError: the file is missing, or a record does not fit; it names file, scene, sample,
             topic, number and field.
     """
-    content = read_json(path)
+    path = join.file
     pairs: list[tuple[int, GraphQuestion]] = []
-    total = outside = 0
-    for scene, sample, record in key_frames(content, path):
+    outside = 0
+    for scene, sample, record in key_frames(read_json(path), path):
         where = f"scene {scene}, sample {sample}"
         objects = _key_objects(record, path, where)
         outside += sum(not one.inside for one in objects)
-        questions = _questions(record, path, (scene, sample), answered)
-        total += len(questions)
-        number = index.number_of_token.get(sample)
-        if number is None:
-            continue
-        own = index.scenes[index.frames[number].scene].token
-        if own != scene:
-            raise UserError(f"{path}, {where}: the sample belongs to scene {own!r}")
-        pairs.extend((number, question) for question in questions)
+        for question in _questions(record, path, (scene, sample), answered):
+            frame = join.frame(sample, f"{where}, {question.topic}")
+            if frame is None:
+                continue
+            own = join.scene(frame).token
+            if own != scene:
+                raise UserError(f"{path}, {where}: the sample belongs to scene {own!r}")
+            pairs.append((frame, question))
     if outside:
         log.warning(
             "%s: %d key objects lie outside of their 1600x900 images; their names are used as "
@@ -130,8 +128,7 @@ def read_drivelm(
             path,
             outside,
         )
-    warn_unused(path, len(pairs), total)
-    return group_by_frame(iter(pairs))
+    return pairs
 
 
 def key_frames(content: Any, path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -209,22 +206,19 @@ def _tags(value: Any, path: Path, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def with_choices(
-    records: Mapping[int, tuple[GraphQuestion, ...]],
-) -> dict[int, tuple[GraphQuestion, ...]]:
+def with_choices(pairs: list[tuple[int, GraphQuestion]]) -> list[tuple[int, GraphQuestion]]:
     """Questions that the challenge asks with four options, as it asks them; others as they are.
 
-    The options are answers that the file gives to such questions.
+    The options are answers that the file gives to such questions, and those of WITH_OPTIONS.
 
     Raises:
         UserError: the file has questions of a kind, but fewer than four different answers to them.
     """
     pools: dict[str, set[str]] = {}
-    for questions in records.values():
-        for asked in questions:
-            kind = _option_kind(asked.question)
-            if kind:
-                pools.setdefault(kind, set()).add(asked.answer)
+    for _, asked in pairs:
+        kind = _option_kind(asked.question)
+        if kind:
+            pools.setdefault(kind, set(WITH_OPTIONS[kind])).add(asked.answer)
     for kind, answers in pools.items():
         if len(answers) < len(LETTERS):
             raise UserError(
@@ -240,10 +234,7 @@ def with_choices(
         text, letter = as_multiple_choice(asked.question, asked.answer, ordered[kind], asked.id)
         return replace(asked, question=text, answer=letter)
 
-    return {
-        frame: tuple(asked_anew(asked) for asked in questions)
-        for frame, questions in records.items()
-    }
+    return [(frame, asked_anew(asked)) for frame, asked in pairs]
 
 
 def _option_kind(question: str) -> str:
@@ -351,14 +342,16 @@ class DriveLMDataModule(LanguageDataModule):
         """Questions of one split's file."""
         config, train = self.config, split == "train"
         path = config.language_folder / config.drivelm_files[not train]
-        records = read_drivelm(path, self.index, answered=train)
+        join = self.join(path, split)
+        pairs = read_drivelm(join, answered=train)
         if train and config.drivelm_multiple_choice:
-            records = with_choices(records)
-        chosen = {
-            frame: tuple(asked for asked in questions if asked.topic in config.drivelm_topics)
-            for frame, questions in records.items()
-        }
+            pairs = with_choices(pairs)
+        chosen = [pair for pair in pairs if pair[1].topic in config.drivelm_topics]
+        join.leave_out(
+            "its topic is not in data.drivelm_topics", str(path.name), len(pairs) - len(chosen)
+        )
+        records, reports = self.part(chosen, split, join.report())
         if train and config.drivelm_multi_turn:
-            graphs = {frame: (questions,) for frame, questions in chosen.items() if questions}
-            return WholeGraphs(self.index, self.dialect, graphs)
-        return GraphQuestions(self.index, self.dialect, chosen)
+            graphs = {frame: (questions,) for frame, questions in records.items()}
+            return WholeGraphs(self.index, self.dialect, graphs, reports)
+        return GraphQuestions(self.index, self.dialect, records, reports)

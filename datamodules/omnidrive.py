@@ -9,20 +9,16 @@ lanes, which that loader draws anew each time, are not made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from datamodules.collate import Tokenises
-from datamodules.conversations import (
-    FrameRecords,
-    LanguageDataConfig,
-    LanguageDataModule,
-    group_by_frame,
-)
-from datamodules.language_files import list_items, read_json, text_field, warn_unused
+from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
+from datamodules.joining import Join, JoinReport
+from datamodules.language_files import list_items, read_json, text_field
 from datamodules.rear_axle import rear_axle_future
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
@@ -55,45 +51,54 @@ class Asked:
     answer: str
 
 
-def read_omnidrive(
-    folder: Path, split: str, index: Index, parts: tuple[str, ...] = FOLDERS
-) -> dict[int, tuple[Asked, ...]]:
-    """Questions by key-frame number.
+def read_part(part: str, join: Join) -> list[tuple[int, Asked]]:
+    """Key-frame number and question of every joined file's questions, by token.
 
-    Files of samples that the root does not have are counted, not opened.
+    Files of key-frames that are not joined are counted, not opened.
 
     Args:
-        folder: that the folders of the parts lie in.
-        split: "train" or "val".
-        index: the root's index.
-        parts: some of FOLDERS.
+        part: one of FOLDERS.
+        join: with the folder of a part and split; its records are the files.
 
     Raises:
-        UserError: a folder is missing or empty, or a record does not fit; it names file, record and
-            field.
+        UserError: the folder is missing or empty, or a record does not fit; it names file, record
+            and field.
     """
-    pairs: list[tuple[int, Asked]] = []
-    for part in FOLDERS:
-        if part not in parts:
-            continue
-        files = _files(folder / part / split)
-        used = 0
-        for path in files:
-            number = index.number_of_token.get(path.stem)
-            if number is not None:
-                used += 1
-                pairs.extend((number, asked) for asked in _records(part, path))
-        warn_unused(folder / part / split, used, len(files))
-    return group_by_frame(iter(pairs))
-
-
-def _files(folder: Path) -> list[Path]:
+    folder = join.file
     if not folder.is_dir():
         raise UserError(f"language folder {folder} does not exist")
     files = sorted(folder.glob("*.json"))
     if not files:
         raise UserError(f"language folder {folder} holds no <sample token>.json")
-    return files
+    pairs: list[tuple[int, Asked]] = []
+    for path in files:
+        frame = join.frame(path.stem, path.name)
+        if frame is not None:
+            pairs.extend((frame, asked) for asked in _records(part, path))
+    return pairs
+
+
+def planned(join: Join, frames: Iterable[int]) -> list[tuple[int, Asked]]:
+    """The question for a plan about every key-frame whose next 3 s lie within its scene.
+
+    The answer is told when it is asked for.
+
+    Args:
+        join: with the root's tables; its records are the key-frames.
+        frames: numbers of the split's key-frames.
+    """
+    index = join.index
+    assert index.ego is not None  # of an index that is ready
+    pairs: list[tuple[int, Asked]] = []
+    for number in frames:
+        token = index.frames[number].token
+        if join.frame(token, token) is None:
+            continue
+        if index.ego.future_mask[number].all():
+            pairs.append((number, Asked("planning", 0, PLAN_QUESTION, "")))
+        else:
+            join.leave_out("less than 3 s of its scene follow", token)
+    return pairs
 
 
 def _records(part: str, path: Path) -> Iterator[Asked]:
@@ -116,77 +121,60 @@ def _text(content: Any, path: Path) -> str:
     return content.strip()
 
 
-@dataclass(frozen=True)
 class OmniQuestions(FrameRecords[Asked]):
-    """One conversation a question.
-
-    Args:
-        planning: with the plan of every key-frame whose 3 s lie within its scene, as number 0.
-        whole: all questions of a key-frame are one conversation, the plan first.
-    """
-
-    planning: bool = True
-    whole: bool = False
-
-    def count(self, frame: int) -> int:
-        """Conversations of a key-frame."""
-        asked = super().count(frame) + self._planned(frame)
-        return min(asked, 1) if self.whole else asked
-
-    def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
-        """The conversation about one record, or about all of them."""
-        records = self.records.get(frame, ())
-        if self._planned(frame):
-            records = (self._plan(self.index.frames[frame]), *records)
-        if self.whole:
-            return self._joined(self.index.frames[frame], records, ego)
-        return self.conversation(self.index.frames[frame], number, records[number], ego)
+    """One conversation a question."""
 
     def conversation(
         self, frame: FrameRecord, number: int, record: Asked, ego: EgoState
     ) -> Conversation:
         """Word one question."""
         kind = "omnidrive_plan" if record.part == "planning" else "omnidrive"
+        question = f"{place_told(self.index, frame)}{record.question}"
+        answer = answer_to(record, self.index, frame)
         return Conversation(
             id=f"{frame.token}_omnidrive_{record.part}_{record.number}",
             sample_token=frame.token,
             kind=kind,
-            turns=self.dialect.turns(
-                kind, record.answer, ego, f"{self._place(frame)}{record.question}"
-            ),
-            reference=record.answer,
+            turns=self.dialect.turns(kind, answer, ego, question),
+            reference=answer,
             meta={"dataset": "omnidrive", "part": record.part, "question": record.question},
         )
 
-    def _joined(
-        self, frame: FrameRecord, records: tuple[Asked, ...], ego: EgoState
+
+class WholeKeyFrames(FrameRecords[tuple[Asked, ...]]):
+    """One conversation a key-frame: the plan first, then everything else; the place told once."""
+
+    def conversation(
+        self, frame: FrameRecord, number: int, record: tuple[Asked, ...], ego: EgoState
     ) -> Conversation:
-        """All questions of a key-frame, the place told once."""
-        first = self.conversation(frame, 0, records[0], ego)
-        turns = list(first.turns)
-        for asked in records[1:]:
+        """Word a key-frame."""
+        answers = [answer_to(asked, self.index, frame) for asked in record]
+        question = f"{place_told(self.index, frame)}{record[0].question}"
+        turns = list(self.dialect.turns("omnidrive", answers[0], ego, question))
+        for asked, answer in zip(record[1:], answers[1:], strict=True):
             turns.append(Turn("user", self.dialect.request("text", None, asked.question)))
-            turns.append(Turn("assistant", asked.answer))
+            turns.append(Turn("assistant", answer))
         return Conversation(
             id=f"{frame.token}_omnidrive",
             sample_token=frame.token,
             kind="omnidrive",
             turns=tuple(turns),
-            reference=records[-1].answer,
-            meta={"dataset": "omnidrive", "part": " ".join(asked.part for asked in records)},
+            reference=answers[-1],
+            meta={"dataset": "omnidrive", "part": " ".join(asked.part for asked in record)},
         )
 
-    def _planned(self, frame: int) -> bool:
-        return self.planning and bool(self.index.ego.future_mask[frame].all())
 
-    def _plan(self, frame: FrameRecord) -> Asked:
-        points, _ = rear_axle_future(self.index, frame)
-        answer = PLAN_ANSWER.format(format_rear_axle_plan(points))
-        return Asked("planning", 0, PLAN_QUESTION, answer)
+def place_told(index: Index, frame: FrameRecord) -> str:
+    """What OmniDrive tells before its first question: the city."""
+    return f"You are driving in {index.location(frame).split('-')[0]}. "
 
-    def _place(self, frame: FrameRecord) -> str:
-        """What OmniDrive tells before its first question: the city."""
-        return f"You are driving in {self.index.location(frame).split('-')[0]}. "
+
+def answer_to(asked: Asked, index: Index, frame: FrameRecord) -> str:
+    """The answer of a record; a plan is told from the poses."""
+    if asked.part != "planning":
+        return asked.answer
+    points, _ = rear_axle_future(index, frame)
+    return PLAN_ANSWER.format(format_rear_axle_plan(points))
 
 
 @dataclass(frozen=True)
@@ -223,14 +211,26 @@ class OmniDriveDataModule(LanguageDataModule):
 
     config: OmniDriveConfig
 
-    def make_source(self, split: str) -> OmniQuestions:
+    def make_source(self, split: str) -> OmniQuestions | WholeKeyFrames:
         """Files of one split, and the plans."""
         config, train = self.config, split == "train"
         folder = config.language_folder / config.omnidrive_folder
-        return OmniQuestions(
-            self.index,
-            self.dialect,
-            read_omnidrive(folder, "train" if train else "val", self.index, config.omnidrive_parts),
-            planning="planning" in config.omnidrive_parts,
-            whole=train and config.omnidrive_multi_turn,
-        )
+        records: dict[int, tuple[Asked, ...]] = {}
+        reports: tuple[JoinReport, ...] = ()
+        for part in PARTS:
+            if part not in config.omnidrive_parts:
+                continue
+            if part == "planning":
+                join = self.join(config.folder / config.version, split)
+                pairs = planned(join, self.frame_numbers("train" if train else "test"))
+            else:
+                join = self.join(folder / part / ("train" if train else "val"), split)
+                pairs = read_part(part, join)
+            found, told = self.part(pairs, split, join.report())
+            reports += told
+            for frame, asked in found.items():
+                records[frame] = (*records.get(frame, ()), *asked)
+        if train and config.omnidrive_multi_turn:
+            whole = {frame: (asked,) for frame, asked in records.items()}
+            return WholeKeyFrames(self.index, self.dialect, whole, reports)
+        return OmniQuestions(self.index, self.dialect, records, reports)
