@@ -189,7 +189,7 @@ def test_options_need_answers_to_choose_from(root, tmp_path):
     (tmp_path / "drivelm").mkdir()
     (tmp_path / "drivelm" / "v1_1_train_nus.json").write_text(json.dumps(content))
     data = build(root, language_root=str(tmp_path), drivelm_multiple_choice=True)
-    with pytest.raises(UserError, match="needs 4 different answers to 'Predict.*file has 1"):
+    with pytest.raises(UserError, match=r"needs 4 different answers to 'Predict.*file has 1"):
         data.source("train")
 
 

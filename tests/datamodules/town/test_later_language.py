@@ -1,4 +1,4 @@
-"""What the town writes of DriveLM and OmniDrive is true, and changes nothing that it wrote before."""
+"""What the town writes of DriveLM and OmniDrive is true, and leaves its earlier texts alone."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def asked_about(record, start):
 def middles(devkit, sample_token, camera):
     """Annotation token -> middle of its box in the full-size image, by the devkit."""
     sample = devkit.get("sample", sample_token)
-    path, boxes, intrinsic = devkit.get_sample_data(sample["data"][camera])
+    _, boxes, intrinsic = devkit.get_sample_data(sample["data"][camera])
     width, height = (
         devkit.get("sample_data", sample["data"][camera])[k] for k in ("width", "height")
     )
@@ -74,7 +74,8 @@ def objects(devkit, drivelm):
                 t: np.abs(place - [one.x_px, one.y_px]).sum() for t, place in places.items()
             }
             nearest = min(distance, key=distance.get)
-            assert distance[nearest] < 1.0
+            # Rectangles are told to a tenth of a pixel of the town's image, 1.7 pixels of 1600.
+            assert distance[nearest] < 1.8
             found[token, name] = nearest
     return found
 
