@@ -69,7 +69,9 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
             if counts[name]:
                 said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
     alone = [
-        record.get("id", record["sample_token"]) for record in records if not record["reference"]
+        str(record.get("id", record["sample_token"]))
+        for record in records
+        if not record["reference"]
     ]
     if alone:
         said.append(
