@@ -44,15 +44,25 @@ def scored_by_itself(record: Record) -> bool:
 
 
 def evaluate_drivelm(records: Sequence[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """Table and numbers of our records that bring references and tags; none without any."""
-    asked = [r for r in records if r["kind"] == KIND and scored_by_itself(r)]
+    """Tables and numbers of our records that bring references and tags.
+
+    None without DriveLM's questions; where their answers are held back, a table says so.
+    """
+    answers = [record for record in records if record["kind"] == KIND]
+    asked = [record for record in answers if scored_by_itself(record)]
+    if answers and not any(record["reference"] for record in answers):
+        note = (
+            f"{len(answers)} answers; the file of questions holds the right ones back. Predictions "
+            "are scored beside a file that has them: score predictions.jsonl --references FILE."
+        )
+        return (ResultTable("DriveLM", ("final",), (("OpenDriveVLA", ("missing",)),), note),), {}
     frames: dict[str, list[Record]] = {}
     for record in asked:
         frames.setdefault(record["sample_token"], []).append(record)
     if not frames:
         return (), {}
     scores = score_drivelm(_own_answers(found) for found in frames.values())
-    return (drivelm_table(scores, "OpenDriveVLA"),), {KIND: numbers_of(scores)}
+    return drivelm_tables(scores, "OpenDriveVLA"), {KIND: numbers_of(scores)}
 
 
 def _own_answers(records: Sequence[Record]) -> list[DriveLMAnswer]:
@@ -136,34 +146,23 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         for questions in answered
         for a in questions
     ]
-    return Found(Report(name, (drivelm_table(scores, name),), numbers), tuple(said), samples)
+    return Found(Report(name, drivelm_tables(scores, name), numbers), tuple(said), samples)
 
 
-def drivelm_table(scores: DriveLMScores, name: str) -> ResultTable:
-    """The terms of the final score that can be had, and that it cannot."""
-    captions = scores.captions
-    parts = (None,) * 6 if captions is None else (*captions.bleu, captions.rouge_l, captions.cider)
+def drivelm_tables(scores: DriveLMScores, name: str) -> tuple[ResultTable, ...]:
+    """The terms of the final score that can be had and that it cannot, and the parts of one."""
     known = scores.known_part
+    cells = (
+        *(scores.accuracy, scores.match_f1, scores.language),
+        "missing",
+        "-" if known is None else f"{known:.3f} of 0.5",
+        "missing",
+    )
     counted = scores.counted
-    return ResultTable(
+    terms = ResultTable(
         title="DriveLM",
-        columns=(
-            *("accuracy", "match F1", "language"),
-            *("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"),
-            *("ChatGPT", "known part", "final"),
-        ),
-        rows=(
-            (
-                name,
-                (
-                    *(scores.accuracy, scores.match_f1, scores.language),
-                    *parts,
-                    "missing",
-                    "-" if known is None else f"{known:.3f} of 0.5",
-                    "missing",
-                ),
-            ),
-        ),
+        columns=("accuracy", "match F1", "language", "ChatGPT", "known part", "final"),
+        rows=((name, cells),),
         note=f"Questions that count: {counted['accuracy']} by accuracy, {counted['match']} by "
         f"match, {counted['language']} by language, {counted['chatgpt']} by ChatGPT alone; "
         f"{scores.out_of_graph} are out of the graph, {scores.unanswered} unanswered. "
@@ -171,6 +170,17 @@ def drivelm_table(scores: DriveLMScores, name: str) -> ResultTable:
         "0.1 match F1 of the final score (0..1).",
         digits=1,
     )
+    captions = scores.captions
+    if captions is None:
+        return (terms,)
+    parts = ResultTable(
+        title="DriveLM, language",
+        columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "n"),
+        rows=((name, (*captions.bleu, captions.rouge_l, captions.cider, str(captions.captions))),),
+        note="pycocoevalcap, its tokenizer in Python, one reference each, x 100.",
+        digits=1,
+    )
+    return terms, parts
 
 
 def numbers_of(scores: DriveLMScores) -> dict[str, Any]:

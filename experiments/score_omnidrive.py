@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 KIND, TEXT_KIND = "omnidrive_plan", "omnidrive"
 PROTOCOL = "omnidrive"
+MODEL = "OpenDriveVLA"
 
 
 def lidar_submission(
@@ -65,15 +66,22 @@ def lidar_submission(
 def evaluate_omnidrive_plans(
     data: NuScenesDataModule, records: Sequence[Record], path: Path
 ) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """The table of the model's own plans under OmniDrive's protocol; none without plans."""
-    told = [record for record in records if record["kind"] == KIND]
-    if not told:
+    """The model's own plans under OmniDrive's protocol; nothing where none was asked for."""
+    answers = [record for record in records if record["kind"] == KIND]
+    if not answers:
         return (), {}
-    truth = PlanningTruth.of(data)
-    submission, failures = lidar_submission(told, path, data)
+    submission, failures = lidar_submission(answers, path, data)
     if all(plan is None for plan in submission.plans.values()):
-        return (), {KIND: {"unreadable": failures}}
-    plans, counts = plan_set(submission, truth, repair=False, name="OpenDriveVLA")
+        told = "; ".join(f"{count}: {reason}" for reason, count in failures.items())
+        table = ResultTable(
+            title=f"Planning, {PROTOCOL}",
+            columns=("parsed",),
+            rows=((MODEL, (0.0,)),),
+            note=f"not one of {len(submission.plans)} plans can be read ({told})",
+        )
+        return (table,), {KIND: {"unreadable": failures}}
+    truth = PlanningTruth.of(data)
+    plans, counts = plan_set(submission, truth, repair=False, name=MODEL)
     found = score_planners(truth, [plans], protocols_of([PROTOCOL]))
     tables = planning_tables(found, {plans.name: plans.readable_percent})
     scores = {name: scored.as_dict() for name, scored in found[plans.name].items()}

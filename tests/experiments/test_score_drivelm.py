@@ -62,7 +62,7 @@ def test_right_answers_are_perfect_and_the_score_is_not_called_complete(
     assert numbers["counted"] == {
         "accuracy": 3 * frames, "chatgpt": 3 * frames, "language": frames, "match": frames,
     }  # fmt: skip
-    (table,) = found.report.tables
+    table, _ = found.report.tables
     cells = dict(zip(table.columns, table.rows[0][1], strict=True))
     assert (cells["ChatGPT"], cells["final"]) == ("missing", "missing")
     assert cells["known part"].endswith("of 0.5")
@@ -157,13 +157,16 @@ def test_our_own_predictions_are_scored_the_same(town_root, references, tmp_path
     expected = score(request(path, town_root)).report.numbers["language"]["drivelm"]
     tables, numbers = evaluate_language(records, "instruction")
     assert numbers["drivelm"] == expected
-    assert [table.title for table in tables] == ["DriveLM", "Captions after instruction"]
+    titles = [table.title for table in tables]
+    assert titles == ["DriveLM", "DriveLM, language", "Captions after instruction"]
     held_back = ours(town_root, "drivelm/v1_1_val_nus_q_only.json", said)
     lines = tmp_path / "predictions.jsonl"
     lines.write_text("".join(json.dumps(record) + "\n" for record in held_back))
     assert read_submission(lines).kind == "language"
     assert score(request(lines, town_root)).report.numbers["language"]["drivelm"] == expected
-    assert evaluate_language(held_back, "instruction") == ((), {})
+    (table,), numbers = evaluate_language(held_back, "instruction")
+    assert numbers == {}
+    assert f"{len(held_back)} answers; the file of questions holds" in table.note
 
 
 def test_a_key_frame_that_was_not_asked_its_first_question_found_nothing(town_root):

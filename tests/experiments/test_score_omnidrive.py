@@ -93,7 +93,7 @@ def test_the_pipeline_has_the_same_numbers(data, town_root, tmp_path):
     assert evaluate_omnidrive_plans(data, only_texts, path) == ((), {})
     mute = [{**record, "text": "I slow down."} for record in records]
     tables, numbers = evaluate_omnidrive_plans(data, mute, path)
-    assert tables == ()
+    assert "not one of 34 plans can be read (34: no [PT" in tables[0].note
     assert sum(numbers["omnidrive_plan"]["unreadable"].values()) > 0
 
 
