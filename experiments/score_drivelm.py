@@ -101,16 +101,21 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         )
     answers, doubled = _answers(submission)
     frames = _frames(read_json(path), path, answers)
-    known = {asked.name for questions in frames for asked in questions}
+    asked = [one for questions in frames.values() for one in questions]
+    known = {one.name for one in asked}
     extra = [name for name in answers if name not in known]
-    answered = [q for q in frames if any(asked.answer is not None for asked in q)]
+    answered = {
+        sample: questions
+        for sample, questions in frames.items()
+        if any(one.answer is not None for one in questions)
+    }
     if not answered:
         raise UserError(
             f"{submission.path}: not one of its {len(answers)} answers belongs to a question of "
             f"{path}, e.g. {extra[0]}"
         )
-    scores = score_drivelm(answered)
-    missing = [a.name for questions in frames for a in questions if a.answer is None]
+    scores = score_drivelm(answered.values())
+    missing = [one.name for one in asked if one.answer is None]
     counts = {
         "in_file": len(submission.records),
         "references": len(known),
@@ -142,9 +147,15 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         "counts": counts,
     }
     samples = [
-        {"id": a.name, "question": a.question, "text": a.answer, "reference": a.reference}
-        for questions in answered
-        for a in questions
+        {
+            "sample_token": sample,
+            "id": one.name,
+            "question": one.question,
+            "text": one.answer,
+            "reference": one.reference,
+        }
+        for sample, questions in answered.items()
+        for one in questions
     ]
     return Found(Report(name, drivelm_tables(scores, name), numbers), tuple(said), samples)
 
@@ -210,9 +221,9 @@ def _answers(submission: Submission) -> tuple[dict[str, str], list[str]]:
     return answers, doubled
 
 
-def _frames(content: Any, path: Path, answers: Mapping[str, str]) -> list[list[DriveLMAnswer]]:
-    """Questions of every key-frame with their references and answers, as the strings they are."""
-    frames = []
+def _frames(content: Any, path: Path, answers: Mapping[str, str]) -> dict[str, list[DriveLMAnswer]]:
+    """Questions by sample token, references and answers as the strings they are."""
+    frames: dict[str, list[DriveLMAnswer]] = {}
     for scene, sample, record in key_frames(content, path):
         questions: list[DriveLMAnswer] = []
         topics = record.get("QA", {})
@@ -231,8 +242,8 @@ def _frames(content: Any, path: Path, answers: Mapping[str, str]) -> list[list[D
                         reference=reference,
                         answer=answers.get(name),
                         tags=tuple(asked.get("tag") or ()),
-                        name=f"{name}",
+                        name=name,
                     )
                 )
-        frames.append(questions)
+        frames[sample] = questions
     return frames

@@ -97,11 +97,14 @@ def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Recor
     """OmniDrive's plans under a planning protocol, and the other answers as answers."""
     from experiments.score import Found
 
-    planned = score_omnidrive_plans(request, submission, plans)
     others = [record for record in submission.records if record.get("kind") != PLAN_KIND]
     if not others:
-        return planned
+        return score_omnidrive_plans(request, submission, plans)
     told = score_language(request, replace(submission, records=others))
+    try:
+        planned = score_omnidrive_plans(request, submission, plans)
+    except UserError as error:  # the other answers count all the same
+        return replace(told, said=(*told.said, f"its {len(plans)} plans are not scored: {error}"))
     report = replace(
         planned.report,
         tables=(*planned.report.tables, *told.report.tables),

@@ -197,3 +197,7 @@ def test_the_command_line_prints_the_terms(town_root, references, tmp_path, caps
     results = json.loads((out / "results.json").read_text())
     assert results["language"]["drivelm"]["final"] is None
     assert len(results["samples"]) == len(answers(references))
+    # The page of results takes it.
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| output.json | 100.0 | 100.0 |" in page

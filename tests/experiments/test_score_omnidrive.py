@@ -135,6 +135,12 @@ def test_what_does_not_fit_is_counted_and_named(data, town_root, tmp_path):
     assert any("1 texts hold no plan: no [PT" in sentence for sentence in found.said)
     assert any("1 points instead of 6" in sentence for sentence in found.said)
     answers = [r for r in predictions(data) if r["kind"] == "omnidrive"]
+    found = score(request(write_lines(tmp_path / "mute.jsonl", [plans[0], *answers]), town_root))
+    assert found.said == (
+        f"its 1 plans are not scored: {tmp_path / 'mute.jsonl'}: not one of its 1 plans can be "
+        "used; the commonest reason: its own text could not be read",
+    )
+    assert "captions" in found.report.numbers["language"]
     folder = write_folder(tmp_path / "results", [{**r, "question": "Why?"} for r in answers])
     with pytest.raises(UserError, match=r"not one of its \d+ answers belongs to a question of"):
         score(request(folder, town_root))
