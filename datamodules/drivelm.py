@@ -29,13 +29,13 @@ from datamodules.multiple_choice import INSTRUCTION, LETTERS, as_multiple_choice
 from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
+from odvla.metrics.drivelm import TAGS
 from odvla.types import CAMERAS, Conversation, EgoState, Turn
 
 log = logging.getLogger(__name__)
 # The order of the graph, which is that of the challenge's numbers, too.
 TOPICS = ("perception", "prediction", "planning", "behavior")
 IMAGE_SIZE = (1600, 900)  # that key objects are measured in, whatever size is shown to a model
-TAGS = (0, 1, 2, 3)  # accuracy, ChatGPT, language, match (see odvla/metrics/drivelm.py)
 # The challenge asks these with four options (its convert_data.py): how such a question starts, and
 # answers that are options even where a file does not give them.
 WITH_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -44,6 +44,7 @@ WITH_OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Predict the behavior of the ego vehicle": (),
 }  # fmt: skip
+_NAMED = re.compile(r"<c\d+,[^<>]*>")
 _KEY_OBJECT = re.compile(r"<(c\d+),(CAM_\w+),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)>")
 
 
@@ -108,12 +109,16 @@ def read_drivelm(join: Join, *, answered: bool) -> list[tuple[int, GraphQuestion
     """
     path = join.file
     pairs: list[tuple[int, GraphQuestion]] = []
-    outside = 0
+    outside = unlisted = 0
     for scene, sample, record in key_frames(read_json(path), path):
         where = f"scene {scene}, sample {sample}"
         objects = _key_objects(record, path, where)
         outside += sum(not one.inside for one in objects)
+        listed = set(record.get("key_object_infos", ()))
         for question in _questions(record, path, (scene, sample), answered):
+            if listed:
+                named = _NAMED.findall(f"{question.question} {question.answer}")
+                unlisted += sum(name not in listed for name in named)
             frame = join.frame(sample, f"{where}, {question.topic}")
             if frame is None:
                 continue
@@ -121,13 +126,12 @@ def read_drivelm(join: Join, *, answered: bool) -> list[tuple[int, GraphQuestion
             if own != scene:
                 raise UserError(f"{path}, {where}: the sample belongs to scene {own!r}")
             pairs.append((frame, question))
-    if outside:
-        log.warning(
-            "%s: %d key objects lie outside of their 1600x900 images; their names are used as "
-            "they are",
-            path,
-            outside,
-        )
+    for count, what in (
+        (outside, "key objects lie outside of their 1600x900 images"),
+        (unlisted, "times a text names an object that its key-frame does not list"),
+    ):
+        if count:
+            log.warning("%s: %d %s; texts are used as they are", path, count, what)
     return pairs
 
 

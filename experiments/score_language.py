@@ -68,11 +68,7 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         ):
             if counts[name]:
                 said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
-    alone = [
-        str(record.get("id", record["sample_token"]))
-        for record in records
-        if not record["reference"]
-    ]
+    alone = [str(r.get("id") or r.get("sample_token")) for r in records if not r["reference"]]
     if alone:
         said.append(
             f"{len(alone)} answers have an empty reference, and are not scored: {named(alone)}"

@@ -290,14 +290,19 @@ def test_damage_is_named(root, tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-def test_objects_outside_of_their_image_are_told(root, tmp_path, caplog):
+def test_odd_objects_are_told(root, tmp_path, caplog):
     content = json.loads((root / "language/drivelm/v1_1_train_nus.json").read_text())
     infos = _first(content)["key_object_infos"]
     infos["<c2,CAM_BACK,1700.0,10.0>"] = infos[CAR]
+    _first(content)["QA"]["planning"].append(qa("Is <c3,CAM_FRONT,1.0,2.0> near?", f"{CAR} is."))
     (tmp_path / "drivelm").mkdir()
     (tmp_path / "drivelm" / "v1_1_train_nus.json").write_text(json.dumps(content))
     build(root, language_root=str(tmp_path)).source("train")
     assert "1 key objects lie outside of their 1600x900 images" in caplog.text
+    assert "1 times a text names an object that its key-frame does not list" in caplog.text
+    caplog.clear()
+    build(root).source("train")
+    assert "text" not in caplog.text
 
 
 def test_topics_are_the_graph_s_order():
