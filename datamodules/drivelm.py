@@ -163,7 +163,8 @@ def _key_objects(record: Mapping[str, Any], path: Path, where: str) -> list[KeyO
             objects.append(parse_key_object(name))
         except ValueError as error:
             raise UserError(f"{path}, {where}: key_object_infos: {error}") from error
-        text_field(info, "Category", path, f"{where}, {name}")
+        if not isinstance(info, Mapping):
+            raise UserError(f"{path}, {where}: key_object_infos, {name}: expected an object")
     return objects
 
 
