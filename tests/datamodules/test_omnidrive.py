@@ -6,7 +6,7 @@ import math
 import pytest
 
 from datamodules.index_file import load_index
-from datamodules.omnidrive import OmniDriveConfig
+from datamodules.omnidrive import PARTS, OmniDriveConfig
 from odvla.errors import UserError
 from odvla.language.omnidrive_plan import parse_rear_axle_plan
 from odvla.language.prompts import Dialect
@@ -155,3 +155,15 @@ def test_missing_and_empty_folders_are_named(root, tmp_path):
     assert list(
         build(root, language_root=str(tmp_path), omnidrive_parts=("planning",)).conversations("val")
     )
+
+
+def test_a_part_of_each_kind_may_be_trained_on(root):
+    """Sampling takes its share of the plans, too, and evaluation has all."""
+    whole, half = build(root), build(root, sampling="first:50%")
+    for part in PARTS:
+        count, kept = (
+            sum(c.meta["part"] == part for c in data.conversations("train"))
+            for data in (whole, half)
+        )
+        assert kept == math.ceil(count / 2) > 0
+    assert len(list(half.conversations("val"))) == len(list(whole.conversations("val")))
