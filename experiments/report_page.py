@@ -138,9 +138,9 @@ def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
         kinds = (*_KINDS, "H0", "H1", "all")
         tables.append(ResultTable("NuScenes-QA (%)", kinds, tuple(answers), digits=1))
     if drivelm:
-        names = ("accuracy", "match F1", "language", "ChatGPT and final")
+        columns = ("accuracy", "match F1", "language", "ChatGPT and final")
         note = DriveLMProtocol().sentence()
-        tables.append(ResultTable("DriveLM", names, tuple(drivelm), note, digits=1))
+        tables.append(ResultTable("DriveLM", columns, tuple(drivelm), note, digits=1))
     if captions:
         names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
         tables.append(ResultTable("Captions", names, tuple(captions), digits=1))
