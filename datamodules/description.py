@@ -15,7 +15,10 @@ from datamodules.joining import JoinReport
 from odvla.types import Conversation
 
 # Entries of Conversation.meta that have few values.
-GROUPS = ("dataset", "template_type", "num_hop", "command", "known_waypoints", "class")
+GROUPS = (
+    "dataset", "template_type", "num_hop", "command", "known_waypoints", "class", "topic", "tags",
+    "part",
+)  # fmt: skip
 SHORT = 30  # characters of an answer that may come often
 COMMON = 8  # of them are told
 Told = Callable[[int, int], None]  # conversations done, of how many

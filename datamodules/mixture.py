@@ -1,4 +1,7 @@
-"""Stage 2's data: nuCaption, NuScenes-QA and nuX; a plain union, as the paper's counts show."""
+"""Stage 2's data: nuCaption, NuScenes-QA and nuX; a plain union, as the paper's counts show.
+
+DriveLM and OmniDrive may be named beside them, or instead of them.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,25 @@ from math import inf
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import LanguageDataModule
+from datamodules.drivelm import DriveLMConfig, DriveLMDataModule
 from datamodules.nucaption import NuCaptionConfig, NuCaptionDataModule
 from datamodules.nuscenes_qa import NuScenesQAConfig, NuScenesQADataModule
 from datamodules.nux import NuXConfig, NuXDataModule
+from datamodules.omnidrive import OmniDriveConfig, OmniDriveDataModule
 from datamodules.picking import UnionSource
 from datamodules.subset import check_sampling
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 
-DATASETS = ("nucaption", "nuscenes_qa", "nux")
+PAPER = ("nucaption", "nuscenes_qa", "nux")
+DATASETS = (*PAPER, "drivelm", "omnidrive")
 
 
 @dataclass(frozen=True)
-class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig):
+class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig, DriveLMConfig, OmniDriveConfig):
     """Settings of MixtureDataModule."""
 
-    datasets: tuple[str, ...] = DATASETS  # an ablation leaves some out
+    datasets: tuple[str, ...] = PAPER  # an ablation leaves some out
     # How often training draws a conversation of each of them, compared with others about the same
     # key-frame; an epoch stays as long. (): all alike, the plain union.
     weights: tuple[float, ...] = ()
@@ -77,6 +83,8 @@ class MixtureDataModule(LanguageDataModule):
             "nucaption": NuCaptionDataModule,
             "nuscenes_qa": NuScenesQADataModule,
             "nux": NuXDataModule,
+            "drivelm": DriveLMDataModule,
+            "omnidrive": OmniDriveDataModule,
         }
         config = self.config
         sources = []

@@ -17,12 +17,14 @@ from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig
 from datamodules.conversations import LanguageDataConfig
 from datamodules.description import Description, Lengths, describe
+from datamodules.drivelm import DriveLMConfig
 from datamodules.gpt_driver import GPTDriverConfig
 from datamodules.joining import JoinReport
 from datamodules.mixture import MixtureConfig
 from datamodules.nucaption import NuCaptionConfig
 from datamodules.nuscenes_qa import NuScenesQAConfig
 from datamodules.nux import NuXConfig
+from datamodules.omnidrive import OmniDriveConfig
 from datamodules.tod3cap import TOD3CapConfig
 from odvla.config import apply_overrides
 from odvla.errors import UserError
@@ -36,6 +38,8 @@ DATA_SETS: dict[str, type[LanguageDataConfig]] = {
     "nucaption": NuCaptionConfig,
     "nuscenes_qa": NuScenesQAConfig,
     "nux": NuXConfig,
+    "drivelm": DriveLMConfig,
+    "omnidrive": OmniDriveConfig,
     "gpt_driver": GPTDriverConfig,
     "mixture": MixtureConfig,
     "alignment": AlignmentConfig,
@@ -49,6 +53,9 @@ TITLES = {
     "command": "command",
     "known_waypoints": "known waypoints",
     "class": "class",
+    "topic": "topic",
+    "tags": "scored by tag",
+    "part": "part",
 }
 ROWS = 10  # of a table of counts; the rest is summed up
 BAR = 24  # characters of the longest bar

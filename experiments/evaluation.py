@@ -19,6 +19,8 @@ from datamodules.nuscenes import NuScenesDataModule
 from experiments.baselines import EgoMLPConfig
 from experiments.planning_evaluation import evaluate_planning
 from experiments.report import Report, ResultTable
+from experiments.score_drivelm import evaluate_drivelm
+from experiments.score_omnidrive import evaluate_omnidrive_plans
 from odvla.errors import UserError
 from odvla.metrics.captions import score_captions, score_nux
 from odvla.metrics.forecasting import score_by_class, score_forecasts
@@ -33,6 +35,8 @@ CAPTION_KINDS = {
     "caption_scene": "scene caption (nuCaption)",
     "caption": "scene questions (nuCaption)",
     "narration": "narration and reasoning (nuX)",
+    "drivelm": "questions (DriveLM)",
+    "omnidrive": "descriptions and questions (OmniDrive)",
 }
 
 
@@ -56,7 +60,7 @@ def read_predictions(path: Path) -> list[Record]:
 def evaluate_language(
     records: Sequence[Record], stage: str
 ) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """NuScenes-QA accuracy and caption scores, whichever the records hold."""
+    """NuScenes-QA accuracy, DriveLM's and caption scores, whichever the records hold."""
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
     asked = [record for record in records if record["kind"] == "qa"]
@@ -89,9 +93,13 @@ def evaluate_language(
                 digits=1,
             )
         )
+    drivelm, terms = evaluate_drivelm(records)
+    tables += drivelm
+    numbers |= terms
     rows = []
     for kind, name in CAPTION_KINDS.items():
-        said = [record for record in records if record["kind"] == kind]
+        # DriveLM holds the answers of val back.
+        said = [record for record in records if record["kind"] == kind and record["reference"]]
         if said:
             texts = [record["text"] for record in said]
             references = [record["reference"] for record in said]
@@ -339,12 +347,18 @@ def evaluate(
         samples.extend(result.samples)
         return result.tables, result.numbers
 
+    def instruction(found: list[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
+        told, numbers = evaluate_language(found, "instruction")
+        path = folder / "instruction" / "predictions.jsonl"
+        plans, scores = evaluate_omnidrive_plans(data, found, path)
+        return (*told, *plans), numbers | scores
+
     scorers: Mapping[
         str, Callable[[list[Record]], tuple[tuple[ResultTable, ...], dict[str, Any]]]
     ] = {
         "planning": planning,
         "interaction": evaluate_forecasts,
-        "instruction": lambda found: evaluate_language(found, "instruction"),
+        "instruction": instruction,
         "alignment": lambda found: evaluate_language(found, "alignment"),
         "perception": lambda found: evaluate_perception(
             data, found, folder / "perception" / "detection", tracking=beyond

@@ -19,6 +19,7 @@ from experiments.result_files import (
     planning_tables,
     read_results,
 )
+from odvla.metrics.drivelm import DriveLMProtocol
 from odvla.weights import write_atomically
 
 MARKDOWN, PAGE = "report.md", "report.html"
@@ -114,7 +115,7 @@ def _driving_table(results: Sequence[Result]) -> ResultTable | None:
 
 def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
     """Answers and captions of all results side by side."""
-    answers, captions = [], []
+    answers, captions, drivelm = [], [], []
     for result in results:
         content = result.other or {}
         parts = [content.get("language", {}), *(content.get(s, {}) for s in ("instruction",))]
@@ -125,6 +126,10 @@ def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
                 cells = [kinds.get(kind) for kind in _KINDS]
                 cells += [scores["by_hop"].get(hop) for hop in ("0", "1")]
                 answers.append((result.name, (*cells, scores["accuracy"])))
+            terms = part.get("drivelm") if isinstance(part, dict) else None
+            if terms:
+                known = (terms[name] for name in ("accuracy", "match_f1", "language"))
+                drivelm.append((result.name, (*known, "missing")))
             for kind, found in (part.get("captions") or {}).items():
                 cells = [*found["bleu"], found["meteor"], found["rouge_l"], found["cider"]]
                 captions.append((f"{result.name}, {kind}", tuple(cells)))
@@ -132,6 +137,10 @@ def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
     if answers:
         kinds = (*_KINDS, "H0", "H1", "all")
         tables.append(ResultTable("NuScenes-QA (%)", kinds, tuple(answers), digits=1))
+    if drivelm:
+        columns = ("accuracy", "match F1", "language", "ChatGPT and final")
+        note = DriveLMProtocol().sentence()
+        tables.append(ResultTable("DriveLM", columns, tuple(drivelm), note, digits=1))
     if captions:
         names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
         tables.append(ResultTable("Captions", names, tuple(captions), digits=1))

@@ -81,7 +81,8 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def _of_file(file: Path, content: Record) -> list[Result]:
-    samples = {record["sample_token"]: record for record in content.get("samples", ())}
+    # Answers and captions are no samples of a plan.
+    samples = {r["sample_token"]: r for r in content.get("samples", ()) if "l2_m" in r}
     if "predictions" in content:  # of `score`
         name = Path(content["predictions"]).name
         driving = content.get("driving", {}).get(name)

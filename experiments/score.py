@@ -32,7 +32,7 @@ class ScoreRequest:
     data: Path
     version: str = ""  # "": the only one that the root holds
     split: str = "val"
-    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    protocols: tuple[str, ...] = ()  # (): DEFAULT_PROTOCOLS, or OmniDrive's for its own plans
     frame: str = "lidar"
     missing: str = ""  # "": as the protocol has it
     name: str = ""

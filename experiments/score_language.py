@@ -6,18 +6,23 @@
 | NuScenes-QA: sample_token, question, answer or prediction | its questions file |
 | nuCaption: sample_token, question, answer or prediction | its file |
 | nuX: sample_token -> narration, reasoning | its file |
+| DriveLM: id, question, answer | drivelm/test_eval.json (score_drivelm.py) |
+| OmniDrive's plans: sample_token, text with [PT, ...] | the driven paths (score_omnidrive.py) |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.language_files import read_json
 from experiments.evaluation import evaluate_language
 from experiments.report import Report, ResultTable
+from experiments.score_drivelm import is_drivelm, score_answers_of_drivelm, scored_by_itself
+from experiments.score_omnidrive import KIND as PLAN_KIND
+from experiments.score_omnidrive import TEXT_KIND, score_omnidrive_plans, with_references
 from experiments.submissions import Submission, named
 from odvla.errors import UserError
 
@@ -41,13 +46,21 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
     """
     from experiments.score import Found
 
+    records = submission.records
+    plans = [record for record in records if record.get("kind") == PLAN_KIND]
+    if plans:
+        return _with_plans(request, submission, plans)
+    own = request.references is None and any(scored_by_itself(record) for record in records)
+    if is_drivelm(records) and not own:
+        return score_answers_of_drivelm(request, submission)
     said: list[str] = []
     counts: dict[str, Any] = {}
-    if all("reference" in record and "text" in record for record in submission.records):
-        records = submission.records
-    else:
-        kind = _kind(submission)
-        records, counts = join(submission, references(request, kind), kind)
+    if not all("reference" in record and "text" in record for record in records):
+        if all(record.get("kind") == TEXT_KIND for record in records):
+            records, counts = with_references(request, records, submission.path)
+        else:
+            kind = _kind(submission)
+            records, counts = join(submission, references(request, kind), kind)
         for name, sentence in (
             ("missing", "references have no answer"),
             ("extra", "answers have no reference"),
@@ -55,6 +68,11 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         ):
             if counts[name]:
                 said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
+    alone = [str(r.get("id") or r.get("sample_token")) for r in records if not r["reference"]]
+    if alone:
+        said.append(
+            f"{len(alone)} answers have an empty reference, and are not scored: {named(alone)}"
+        )
     tables, numbers = evaluate_language(records, submission.path.name)
     if not tables:
         raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
@@ -69,6 +87,26 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         "counts": counts,
     }
     return Found(Report(request.name or submission.path.name, tables, found), tuple(said), records)
+
+
+def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Record]) -> Found:
+    """OmniDrive's plans under a planning protocol, and the other answers as answers."""
+    from experiments.score import Found
+
+    others = [record for record in submission.records if record.get("kind") != PLAN_KIND]
+    if not others:
+        return score_omnidrive_plans(request, submission, plans)
+    told = score_language(request, replace(submission, records=others))
+    try:
+        planned = score_omnidrive_plans(request, submission, plans)
+    except UserError as error:  # the other answers count all the same
+        return replace(told, said=(*told.said, f"its {len(plans)} plans are not scored: {error}"))
+    report = replace(
+        planned.report,
+        tables=(*planned.report.tables, *told.report.tables),
+        numbers={**told.report.numbers, **planned.report.numbers},
+    )
+    return Found(report, (*planned.said, *told.said), [*planned.samples, *told.samples])
 
 
 def _kind(submission: Submission) -> str:

@@ -9,6 +9,8 @@
 | the same with a "caption" in every box | captions of objects |
 | .json, other | NuScenes-QA answers or captions: a list, or an object by sample token |
 | ... of records with sample_token, size and caption | captions of objects |
+| ... of records with id, question and answer | DriveLM's answers; "results" of an object, too |
+| a folder of <sample token> files | OmniDrive's results: lists of {"Q": ..., "A": [text]} |
 
 Nothing is dropped silently: what does not belong, is there twice or cannot be used is counted.
 """
@@ -25,10 +27,12 @@ import numpy as np
 
 from datamodules.array_pickles import load_arrays
 from odvla.errors import UserError
+from odvla.language.omnidrive_plan import MARK as REAR_AXLE_PLAN
 
 Kind = Literal["plans", "language", "detection", "tracking", "object_captions"]
 Record = dict[str, Any]
 TRAJECTORY = "_trajectory"
+PLAN_ASKED = "planning trajectory"  # in OmniDrive's request for a plan
 SHOWN = 3  # tokens that a sentence names
 
 
@@ -53,6 +57,8 @@ def read_submission(path: Path) -> Submission:
         UserError: the file is missing, empty, broken or of no known format, or a pickle names
             anything but arrays.
     """
+    if path.is_dir():
+        return _from_folder(path)
     if not path.is_file():
         raise UserError(f"there is no file of predictions at {path}")
     if path.stat().st_size == 0:
@@ -65,6 +71,8 @@ def read_submission(path: Path) -> Submission:
         return _from_records(path, list(_lines(path, text)))
     if isinstance(content, dict) and {"meta", "results"} <= set(content):
         return _from_nuscenes(path, content["results"])
+    if isinstance(content, dict) and isinstance(content.get("results"), list):
+        return _from_records(path, content["results"])  # a submission to the DriveLM challenge
     if isinstance(content, dict) and {"id", "answer"} <= set(content):
         return _from_records(path, [content])  # one line of JSON lines
     if isinstance(content, dict) and {"sample_token"} <= set(content):
@@ -179,7 +187,7 @@ def _from_records(path: Path, records: Any) -> Submission:
         return Submission(path, "object_captions", results=boxes)
     plans = [record for record in records if _is_plan(record)]
     if not plans:
-        return Submission(path, "language", records=records)
+        return Submission(path, "language", records=[_told_plan(record) for record in records])
     pairs = []
     for number, record in enumerate(plans):
         token = _token(record)
@@ -197,14 +205,51 @@ def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:
         return Submission(path, "language", records=records)
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) == len(values) and not any(key.endswith(TRAJECTORY) for key in content):
-        records = [{"sample_token": key, "text": value} for key, value in content.items()]
-        if not any("(" in text and "," in text for text in texts):
+        records = [
+            _told_plan({"sample_token": key, "text": value}) for key, value in content.items()
+        ]
+        if any("kind" in record for record in records) or not any(
+            "(" in text and "," in text for text in texts
+        ):
             return Submission(path, "language", records=records)
     pairs = []
     for key, value in content.items():
         found = _points_or_text(value) if isinstance(value, dict) else _unwrapped(value)
         pairs.append((key.removesuffix(TRAJECTORY), found))
     return _plans(path, pairs)
+
+
+def _from_folder(folder: Path) -> Submission:
+    """OmniDrive's results: a file a sample, named by its token; the plan is one of the answers."""
+    records: list[Record] = []
+    for path in sorted(folder.iterdir()):
+        content = _whole_json(_text(path)) if path.is_file() else None
+        if not isinstance(content, list) or not all(
+            isinstance(one, dict) and {"Q", "A"} <= set(one) for one in content
+        ):
+            raise UserError(f'{path} must hold a list of {{"Q": question, "A": [answer]}}')
+        for one in content:
+            question, text = str(one["Q"]), str(_unwrapped(one["A"]))
+            plan = REAR_AXLE_PLAN in text or PLAN_ASKED in question
+            records.append(
+                {
+                    "sample_token": path.name.removesuffix(".json"),
+                    "kind": "omnidrive_plan" if plan else "omnidrive",
+                    "question": question,
+                    "text": text,
+                }
+            )
+    if not records:
+        raise UserError(f"{folder} is empty: it holds no prediction")
+    return Submission(folder, "language", records=records)
+
+
+def _told_plan(record: Record) -> Record:
+    """The record, named as OmniDrive's plan where its text is one."""
+    text = _unwrapped(record.get("text", record.get("answer")))
+    if "kind" in record or not isinstance(text, str) or REAR_AXLE_PLAN not in text:
+        return record
+    return {**record, "kind": "omnidrive_plan", "text": text}
 
 
 def _plans(path: Path, pairs: list[tuple[str, Any]]) -> Submission:

@@ -219,7 +219,8 @@ class Conversation:
 
     id: str
     sample_token: str
-    # plan | agent | caption_object | caption_map | caption_scene | caption | qa | narration | text
+    # plan | agent | caption_object | caption_map | caption_scene | caption | qa | narration |
+    # drivelm | omnidrive | omnidrive_plan | text
     kind: str
     turns: tuple[Turn, ...]
     reference: str

@@ -1,11 +1,11 @@
-"""Writes the five language data sets of the town, each in its own file format."""
+"""Writes the seven language data sets of the town, each in its own file format."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ from nuscenes.utils.splits import create_splits_scenes
 
 from datamodules.town.captions import object_captions
 from datamodules.town.descriptions import described
+from datamodules.town.drivelm import GraphRecords, as_file, graph_records
 from datamodules.town.log import KEYFRAMES_PER_SCENE, SceneLog
 from datamodules.town.narration import narrate_keyframe
+from datamodules.town.omnidrive import frame_files
 from datamodules.town.phrasing import Dice
 from datamodules.town.planning_cache import scene_infos, whole_future_tokens
 from datamodules.town.questions import INFO, Ledger, keyframe_questions
@@ -40,12 +42,15 @@ class SplitTexts:
     nux: dict[str, dict[str, str]] = field(default_factory=dict)
     plans: list[str] = field(default_factory=list)  # sample tokens of split.json
     ledger: Ledger = field(default_factory=Ledger)
+    graphs: dict[str, dict[str, GraphRecords]] = field(default_factory=dict)  # scene, sample
+    scenes: dict[str, str] = field(default_factory=dict)  # scene token -> description
+    omnidrive: dict[str, dict[str, Any]] = field(default_factory=dict)  # sample, folder
 
 
 def write_language(
     root: Path, version: str, logs: Sequence[SceneLog], tokens: TokenIndex, seed: int
 ) -> None:
-    """Write all five data sets under root/language.
+    """Write all seven data sets under root/language.
 
     The tables (and the CAN bus, which the cache quotes) must be written before.
 
@@ -81,6 +86,11 @@ def write_language(
             {"info": INFO, "questions": text.questions},
         )
         _write_json(folder / "nux" / f"Nu_X_{split}.json", text.nux)
+    _write_drivelm(folder / "drivelm", texts)
+    for split, text in texts.items():
+        for token, files in text.omnidrive.items():
+            for part, content in files.items():
+                _write_json(folder / "omnidrive" / part / split / f"{token}.json", content)
     plans = {split: text.plans for split, text in texts.items()}
     _write_json(folder / "gpt_driver" / "split.json", plans)
     path = folder / "gpt_driver" / "cached_nuscenes_info.pkl"
@@ -90,10 +100,14 @@ def write_language(
 def add_scene(
     log: SceneLog, texts: SplitTexts, tokens: TokenIndex, recorded: Recorded, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Append one scene's nuCaption, NuScenes-QA and nuX records; return its TOD3Cap records."""
+    """Append one scene's records to its split's texts; return its TOD3Cap records."""
     scene = SceneFacts(log)
     objects: dict[str, dict[str, Any]] = {}
     dice = Dice(np.random.default_rng([seed, zlib.crc32(log.name.encode())]))
+    # The later data sets throw dice of their own: the texts of the others stay what they were.
+    own_dice = Dice(np.random.default_rng([seed, zlib.crc32(log.name.encode()), 1]))
+    graphs = texts.graphs.setdefault(tokens.scene(log.name), {})
+    texts.scenes[tokens.scene(log.name)] = log.description
     for keyframe in range(KEYFRAMES_PER_SCENE):
         facts = scene.at(keyframe, tokens.annotated[log.name, keyframe])
         token = tokens.sample(log.name, keyframe)
@@ -101,7 +115,32 @@ def add_scene(
         texts.nucaption += described(facts, token, dice)
         texts.questions += keyframe_questions(facts, token, texts.ledger, dice)
         texts.nux[token] = narrate_keyframe(facts, dice)
+        graph = graph_records(facts, log, recorded.samples[token], own_dice)
+        if graph is not None:
+            graphs[token] = graph
+        files = frame_files(facts, own_dice)
+        if files:
+            texts.omnidrive[token] = files
     return objects
+
+
+def _write_drivelm(folder: Path, texts: Mapping[str, SplitTexts]) -> None:
+    """The published train file, the challenge's questions of val, and these with answers."""
+    train, val = texts["train"], texts["val"]
+    trained = {
+        scene: {token: graph.train for token, graph in found.items()}
+        for scene, found in train.graphs.items()
+    }
+    _write_json(folder / "v1_1_train_nus.json", as_file(trained, train.scenes))
+    for name, with_answers in (("v1_1_val_nus_q_only.json", False), ("test_eval.json", True)):
+        asked = {
+            scene: {
+                token: graph.test if with_answers else graph.questions
+                for token, graph in found.items()
+            }
+            for scene, found in val.graphs.items()
+        }
+        _write_json(folder / name, as_file(asked))
 
 
 def split_of(scene_name: str, version: str) -> str:

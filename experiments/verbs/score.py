@@ -23,7 +23,8 @@ def add(verbs: Verbs) -> None:
         "predictions",
         type=Path,
         help="JSON lines of ours, plan_conv.json, a GPT-Driver pickle, a nuScenes detection or "
-        "tracking submission, NuScenes-QA answers, captions, or captions of boxes",
+        "tracking submission, NuScenes-QA answers, captions, captions of boxes, DriveLM's output, "
+        "or OmniDrive's folder of results",
     )
     score.add_argument("--data", type=Path, required=True, metavar="ROOT", help="nuScenes root")
     score.add_argument("--version", default="", help="e.g. v1.0-mini (default: the one there is)")
@@ -34,7 +35,7 @@ def add(verbs: Verbs) -> None:
         default=[],
         metavar="NAME",
         help="uniad, stp3, vad, opendrivevla, omnidrive, sparsedrive, odvla; may be given again "
-        "(default: uniad and stp3)",
+        "(default: uniad and stp3; omnidrive for OmniDrive's own plans)",
     )
     score.add_argument(
         "--frame", default="lidar", choices=FRAMES, help="what the plans' numbers mean"

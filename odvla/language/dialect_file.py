@@ -31,7 +31,12 @@ KINDS = (
     "qa",
     "narration",
     "text",
+    "drivelm",
+    "omnidrive",
+    "omnidrive_plan",
 )
+# Kinds that are asked like another one where a dialect has no request of their own.
+ASKED_LIKE = {"drivelm": "caption", "omnidrive": "caption", "omnidrive_plan": "caption"}
 EGO_FIELDS = ("vx", "vy", "v_yaw", "ax", "ay", "can_x", "can_y", "speed", "steering")
 FIELDS = frozenset((*EGO_FIELDS, "history", "command", "question"))
 # What a unit is of EgoState's: m/s for speeds; accelerations come in metres a step of 0.5 s and

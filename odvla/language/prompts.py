@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from odvla.errors import UserError
 from odvla.language.dialect_file import (
+    ASKED_LIKE,
     EGO_FIELDS,
     KINDS,
     LABELS,
@@ -143,12 +144,13 @@ class Dialect:
 
     def request(self, kind: str, ego: EgoState | None, question: str = "") -> str:
         """The user's message (see `turns`)."""
-        if kind not in self.wording.requests:
+        requests = self.wording.requests
+        chosen = kind if kind in requests else ASKED_LIKE.get(kind, kind)
+        if chosen not in requests:
             raise UserError(
-                f"dialect {self.name!r} has no request of kind {kind!r}, only "
-                f"{', '.join(self.wording.requests)}"
+                f"dialect {self.name!r} has no request of kind {kind!r}, only {', '.join(requests)}"
             )
-        lines = [self.wording.lines[name] for name in self.wording.requests[kind]]
+        lines = [self.wording.lines[name] for name in requests[chosen]]
         lines = [line for line in lines if not fields_of(line) & self._hidden]
         needed = {field for line in lines for field in fields_of(line)}
         values = {"question": question}

@@ -67,6 +67,9 @@ def test_all_language_data_is_read(town_root, version, index):
     mixture = MixtureConfig(str(town_root), version).build(dialect=dialect)
     kinds = {c.kind for c in mixture.conversations("val")}
     assert kinds == {"caption", "qa", "narration"}
+    asked_next = MixtureConfig(str(town_root), version, datasets=("drivelm", "omnidrive"))
+    kinds = {c.kind for c in asked_next.build(dialect=dialect).conversations("train")}
+    assert kinds == {"drivelm", "omnidrive", "omnidrive_plan"}
     alignment = AlignmentConfig(str(town_root), version).build(dialect=dialect)
     kinds = {c.kind for c in alignment.conversations("val")}
     assert kinds == {"caption_object", "caption_map", "caption_scene"}

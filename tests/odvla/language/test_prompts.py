@@ -10,7 +10,7 @@ import yaml
 
 from odvla.errors import UserError
 from odvla.language import dialect_file
-from odvla.language.dialect_file import KINDS, shipped_dialects, write_dialect
+from odvla.language.dialect_file import ASKED_LIKE, KINDS, shipped_dialects, write_dialect
 from odvla.language.prompts import Dialect
 from odvla.types import EgoState
 
@@ -81,9 +81,26 @@ def test_every_kind_shows_its_question_and_object_and_never_its_answer(name, kin
     user = turns[-2].text
     assert turns[-1].text == "the answer"
     assert "the answer" not in user
-    assert ("Is it raining?" in user) == (kind in ("caption", "qa", "narration", "text"))
+    asks = ASKED_LIKE.get(kind, kind) in ("caption", "qa", "narration", "text")
+    assert ("Is it raining?" in user) == asks
     assert ("<OBJECT>" in user) == (kind in ("agent", "caption_object"))
     assert "{" not in user
+
+
+def test_drivelm_is_asked_like_captions_until_a_dialect_words_it(tmp_path):
+    shipped = Dialect("compact")
+    asked = [shipped.request(kind, ego_state(), "Safe?") for kind in ("drivelm", "caption")]
+    assert asked[0] == asked[1]
+    content = dict(shipped.wording.content)
+    content["requests"] = content["requests"] | {"drivelm": ["scene", "question"]}
+    write_dialect(content, tmp_path / "own.yaml")
+    own = Dialect(str(tmp_path / "own.yaml"))
+    assert own.request("drivelm", None, "Safe?") == "<scene_start><SCENE><scene_end>\nSafe?"
+    assert own.request("omnidrive", ego_state(), "Safe?") == asked[1]
+    del content["requests"]["caption"], content["requests"]["drivelm"]
+    write_dialect(content, tmp_path / "mute.yaml")
+    with pytest.raises(UserError, match="no request of kind 'drivelm'"):
+        Dialect(str(tmp_path / "mute.yaml")).request("drivelm", ego_state(), "Safe?")
 
 
 def test_an_ablation_leaves_its_part_out_and_nothing_else():
