@@ -179,7 +179,7 @@ class _Conversion:
             _copy_in_order(texts, by_frame, lengths, order)
             count = np.bincount(frames, minlength=len(self.index.frames))
             tokens = [token.encode() for _, token in self.missing]
-            arrays = {
+            arrays: dict[str, NDArray[Any]] = {
                 "first": np.concatenate([[0], count.cumsum()]).astype(np.int64),
                 "row": rows[order],
                 "place": places[order],
@@ -263,10 +263,10 @@ def _copy_in_order(
 ) -> None:
     """Texts that stand one after the other in `source` in another order."""
     starts = lengths.cumsum(dtype=np.int64) - lengths
-    data = memoryview(_mapped(source))
+    data = _mapped(source)
     for batch in _batches(order):
         pieces = zip(starts[batch].tolist(), lengths[batch].tolist(), strict=True)
-        target.write(b"".join(data[start : start + length] for start, length in pieces))
+        target.write(b"".join(data[start : start + length].tobytes() for start, length in pieces))
 
 
 def _batches(order: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

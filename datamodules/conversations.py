@@ -59,6 +59,12 @@ class LanguageDataConfig(NuScenesDataConfig):
         if self.leaks not in get_args(Leaks):
             raise UserError(f"data.leaks must be refuse or leave_out, not {self.leaks!r}")
 
+    def build(
+        self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
+    ) -> LanguageDataModule:
+        """The data module; every data set's config has its own."""
+        raise NotImplementedError
+
     @property
     def language_folder(self) -> Path:
         """Where the language files lie."""
