@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from experiments.verbs.parser import Verbs, add_verb, wide_console
+from experiments.verbs.parser import Verbs, add_verb, quiet_libraries, wide_console
 
 
 def add(actions: Verbs) -> None:
@@ -48,6 +48,7 @@ def describe_data_set(options: argparse.Namespace) -> None:
     from experiments.describe import describe_data, show
     from experiments.verbs.data import version_of
 
+    quiet_libraries(json=options.json)
     options.root = options.root or Path(os.environ.get("ODVLA_DATA", "data")).expanduser()
     found = describe_data(
         options.name,

@@ -39,7 +39,7 @@ def add(verbs: Verbs) -> None:
 
 def examine(options: argparse.Namespace) -> int:
     """All checks; 1 where one is red."""
-    quiet_libraries()
+    quiet_libraries(json=options.json)
     from dataclasses import replace
 
     from experiments.doctor.run import findings, run_doctor

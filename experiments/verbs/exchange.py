@@ -122,7 +122,7 @@ def diff_file(options: argparse.Namespace) -> int:
     from datamodules.exchange.differ import compare
     from datamodules.exchange.formats import format_of, read_file
 
-    quiet_libraries()
+    quiet_libraries(json=options.json)
     if not options.tolerance >= 0 or math.isinf(options.tolerance):
         raise UserError(f"--tolerance must be a number from 0 on, not {options.tolerance}")
     form = format_of(options.file, options.format)

@@ -99,12 +99,22 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(*, json: bool = False) -> None:
     """Our own messages are shown, other libraries' chatter is not.
 
     Called when those libraries are imported: they set their levels then.
+
+    Args:
+        json: the output is for a program, so that messages go to stderr. Otherwise they share the
+            console of the progress bars.
     """
-    handler = RichHandler(show_time=False, show_path=False, show_level=False, markup=False)
+    handler = RichHandler(
+        console=Console(stderr=True) if json else None,
+        show_time=False,
+        show_path=False,
+        show_level=False,
+        markup=False,
+    )
     handler.setFormatter(logging.Formatter("%(message)s"))
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     for name in PACKAGES:
