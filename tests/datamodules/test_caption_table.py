@@ -13,7 +13,7 @@ from datamodules.agents import learnable_mask, learnable_rows
 from datamodules.caption_stream import stream_records
 from datamodules.caption_table import ensure_table, open_table
 from datamodules.columns import write_columns
-from datamodules.index_file import cache_folder, load_index, map_index
+from datamodules.index_file import SCHEMA_VERSION, cache_folder, load_index, map_index
 from datamodules.records import AgentPaths, Annotations
 from datamodules.tod3cap import TOD3CapConfig
 from odvla.errors import UserError
@@ -145,7 +145,7 @@ def _tiled(index, times, folder):
     arrays["annotation.token"] = np.array([f"{k:032x}".encode() for k in range(len(rows))])
     arrays["annotation.by_token"] = np.arange(len(rows))
     arrays["frame.annotations"] = arrays["frame.annotations"] * times
-    facts = {"kind": "odvla index", "schema_version": "2", "version": index.version}
+    facts = {"kind": "odvla index", "schema_version": str(SCHEMA_VERSION), "version": index.version}
     write_columns(folder / "index.arrow", arrays, {**facts, "fingerprint": "f", "sources": "{}"})
     return map_index(folder / "index.arrow", index.root)
 
