@@ -30,7 +30,7 @@ from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.action_bins import ActionBins
 from odvla.language.decisions import decision_of
-from odvla.language.prompts import Dialect
+from odvla.language.prompts import Dialect, PlanDialect
 from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
 
 NO_SUMMARY = "nuCaption describes no scene for it, which its plan is to be thought over with"
@@ -252,6 +252,8 @@ class GPTDriverDataModule(LanguageDataModule):
 
     def use_bins(self, bins: ActionBins) -> None:
         """Word plans of action tokens by these bins from now on."""
+        if not isinstance(self.dialect, PlanDialect):
+            raise ValueError("only plans of action tokens have bins")
         self.dialect = replace(self.dialect, bins=bins)
         self._sources.clear()
 

@@ -156,16 +156,16 @@ def _plan(stage: StageModule, batch: Batch) -> Said:
         cost = Cost(0, 0, time.perf_counter() - started, 0.0, 0.0)
         return Said(format_waypoints(waypoints), waypoints, regressed.perception, cost)
     assert isinstance(stage, PlanningStage)
-    assert batch.ego is not None
     found, batch = stage.write(batch)
     assert batch.talk is not None
+    assert batch.ego is not None
     conversation = batch.talk.conversations[0]
     text = stage.settle(found.texts[0], conversation, batch, 0)
     form, last_step = stage.form(conversation.meta), batch.ego.last_step[0]
     plan = parse_waypoints(text, form, last_step)
-    waypoints = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
+    read = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
     text = " ".join([*thoughts_of(conversation).values(), text])
-    return Said(text, waypoints, found.perception, Cost.of(found))
+    return Said(text, read, found.perception, Cost.of(found))
 
 
 def _last_stage(config: ExperimentConfig, run: Path) -> tuple[str, Path]:

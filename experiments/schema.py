@@ -294,7 +294,9 @@ class ExperimentConfig:
         Prompts are the same, and so is all that the stages before planning read and write.
         """
         planning, own = self.stages.planning, self.dialect
-        if stage != "planning" or planning is None or planning.actions in ("", "regression"):
+        if stage != "planning" or planning is None:
+            return own
+        if planning.actions == "" or planning.actions == "regression":
             return own
         return PlanDialect(own.name, own.without, own.labels, planning.actions)
 

@@ -1,4 +1,4 @@
-"""A plan by regression: one query of the car reads the bird's-eye view, and an MLP says where to go.
+"""A plan by regression: the car's query reads the bird's-eye view, an MLP says where to go.
 
 After UniAD's planner (Hu et al. 2023, section 2.4 and planning_head.py): an embedding of the
 command is fused with the car's query, a transformer decoder of three layers lets it look at the

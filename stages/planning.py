@@ -63,7 +63,7 @@ class PlanningStageConfig(TalkConfig):
     temperature: float = 1.0  # of the draws
     # How a constrained plan is guessed before the model verifies it; what it writes is the same.
     drafting: Drafting = field(default_factory=Drafting)
-    # What the numbers of a constrained plan in text may be: points, offsets or changes; null: RANGES.
+    # What the numbers of a constrained plan in text may be, whatever they are; null: RANGES.
     x_range_m: tuple[float, float] | None = None
     y_range_m: tuple[float, float] | None = None
     # The test is taken once more for each of them; see plan_ablations.py.

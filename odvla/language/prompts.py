@@ -281,9 +281,8 @@ class PlanDialect(Dialect):
 
 
 def _written(plan: Mapping[str, str]) -> str:
-    return (
-        plan["form"] if plan["form"] == "tokens" else f"{plan['form']}, {plan['decimals']} decimals"
-    )
+    form = plan["form"]
+    return "action tokens" if form == "tokens" else f"{form} of {plan['decimals']} decimals"
 
 
 def _left_out(parts: Any) -> str:

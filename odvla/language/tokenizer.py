@@ -254,7 +254,7 @@ class ChatTokenizer:
 
 def _actions_of(vocabulary: dict[str, int]) -> tuple[int, ...]:
     """Ids of the action tokens, in the order of their bins."""
-    found = []
+    found: list[int] = []
     while action_token(len(found)) in vocabulary:
         found.append(vocabulary[action_token(len(found))])
     return tuple(found)

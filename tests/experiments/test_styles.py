@@ -9,18 +9,27 @@ from rich.console import Console
 from datamodules.lidar import read_sweep
 from datamodules.nuscenes import NuScenesDataConfig
 from experiments.pipeline import open_pipeline
-from experiments.styles import emma_style, lidar_llm_style, lift_splat
+from experiments.styles import (
+    drivevlm_style,
+    emma_style,
+    lidar_llm_style,
+    lift_splat,
+    openvla_style,
+    uniad_style,
+)
 from odvla.errors import UserError
 from odvla.language.causal_lm import LanguageConfig
 
+STYLES = (emma_style, lidar_llm_style, lift_splat, uniad_style, openvla_style, drivevlm_style)
 
-@pytest.mark.parametrize("experiment", [emma_style, lidar_llm_style, lift_splat])
-def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
+
+def smaller(experiment, town_root):
+    """An experiment of a few steps: its first stage and planning."""
     base = experiment()
     small = LanguageConfig(hidden=32, layers=1, heads=2, kv_heads=1, intermediate=64)
     run = (base.run[0], "planning")
     stages = {name: replace(base.stages.of(name), steps=2, checkpoint_every=2) for name in run}
-    config = replace(
+    return replace(
         base,
         town=None,
         run=run,
@@ -35,10 +44,15 @@ def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
         ),
         stages=replace(base.stages, **stages),
     )
+
+
+@pytest.mark.parametrize("experiment", STYLES)
+def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
+    config = smaller(experiment, town_root)
     pipeline = open_pipeline(config, tmp_path, progress=False)
     pipeline.fit()
     pipeline.report(Console(quiet=True))
-    assert pipeline.finished() == list(run)
+    assert pipeline.finished() == list(config.run)
     text = (tmp_path / config.name / "table.md").read_text()
     assert "OpenDriveVLA, vision zeroed" in text
 
