@@ -71,10 +71,11 @@ class RegressionStage(StageModule):
             raise UserError("the batch lacks plan targets")
         found = self.vla.regress(batch, state, seen=self.recall(batch))
         order = 2 if self.config.regression.distance == "l2" else 1
-        gaps = torch.linalg.vector_norm(found.waypoints - batch.plan.waypoints, order, dim=-1)
         known = batch.plan.mask & batch.valid[:, None]
         count = int(known.sum())
-        loss = torch.where(known, gaps, 0.0).sum() / max(1, count)
+        # An unknown waypoint may be anything, and would reach the gradient even if masked later.
+        gaps = torch.where(known[..., None], found.waypoints - batch.plan.waypoints, 0.0)
+        loss = torch.linalg.vector_norm(gaps, order, dim=-1).sum() / max(1, count)
         return StageLoss(self.vla.counted(loss), count, state=found.state)
 
     def on_test_epoch_start(self) -> None:

@@ -122,14 +122,15 @@ class Dialect:
             UserError: the texts differ, or the parts left out, or the form of plans.
         """
         own = self.identity()
-        written = kept.get("plan", own["plan"])
-        if written != own["plan"]:
+        if (own["sha256"], own["without"]) == (kept["sha256"], sorted(kept["without"])):
+            written = kept.get("plan", own["plan"])
+            if written == own["plan"]:
+                return
             raise UserError(
                 f"{where} has learned to write plans as {_written(written)}, and this experiment "
-                f"as {_written(own['plan'])}: it would read nonsense (stages.planning.actions)"
+                f"reads them as {_written(own['plan'])} (stages.planning.actions): plans in "
+                "another form are nonsense"
             )
-        if (own["sha256"], own["without"]) == (kept["sha256"], sorted(kept["without"])):
-            return
         what = f"dialect {kept['name']!r}" + _left_out(kept["without"])
         mine = f"{self.name!r}" + _left_out(self.without)
         if own["sha256"] != kept["sha256"] and own["name"] == kept["name"]:

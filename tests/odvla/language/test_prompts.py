@@ -170,7 +170,9 @@ def test_object_captions_tell_the_place():
         ({"answers": {"caption_object": "{caption}"}}, "must tell caption, x and y"),
         ({"plan": {"values": "points"}}, "plan must tell values .str., decimals"),
         ({"plan": {"values": "curves", "decimals": 2}}, "not 'curves'"),
-        ({"plan": {"values": "steps", "decimals": 3}}, "1 or 2 decimals, not 3"),
+        ({"plan": {"values": "offsets", "decimals": 3}}, "1 or 2 decimals, not 3"),
+        ({"plan": {"values": "leaps", "decimals": 1}}, "offsets, changes, tokens, not 'leaps'"),
+        ({"plan": {"values": "tokens", "decimals": 1}}, "chosen by stages.planning.actions=tokens"),
     ],
 )
 def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
