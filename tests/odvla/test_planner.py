@@ -76,9 +76,8 @@ def test_a_few_plans_are_learned_by_heart(distance):
         seen, _ = vla.eval().perceive(given.clip)
     losses = []
     for _ in range(200):
-        error = torch.linalg.vector_norm(
-            vla.regress(given, seen=seen).waypoints - waypoints, 1 if distance == "l1" else 2, -1
-        )[mask].mean()
+        gaps = (vla.regress(given, seen=seen).waypoints - waypoints)[mask]
+        error = torch.linalg.vector_norm(gaps, int(distance[1]), -1).mean()
         losses.append(float(error.detach()))
         optimiser.zero_grad()
         error.backward()
@@ -104,7 +103,7 @@ def test_rows_are_apart_and_a_row_that_fills_up_teaches_nothing():
     part = replace(given, valid=torch.tensor([True, False, False]))
     assert stage.loss_of(part, None).weight == 6
     nothing = stage.loss_of(replace(given, valid=torch.zeros(3, dtype=torch.bool)), None)
-    assert (float(nothing.loss), nothing.weight) == (0.0, 0)
+    assert (nothing.loss.item(), nothing.weight) == (0.0, 0)
     nothing.loss.backward()  # a distributed run steps all the same
 
 
