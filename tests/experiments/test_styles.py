@@ -33,6 +33,7 @@ def smaller(experiment, town_root):
     # Of those whose plans are of another form, planning alone: it need not start from anything.
     run = ("planning",) if experiment in NEW_FORMS else (base.run[0], "planning")
     stages = {name: replace(base.stages.of(name), steps=2, checkpoint_every=2) for name in run}
+    stages["planning"] = replace(stages["planning"], max_thought_tokens=8)
     return replace(
         base,
         town=None,
