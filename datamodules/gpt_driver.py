@@ -229,7 +229,14 @@ class GPTDriverDataModule(LanguageDataModule):
                         join.leave_out(NO_SUMMARY, self.index.frames[frame].token)
                 pairs = [pair for pair in pairs if pair[0] in descriptions]
         records, reports = self.part(pairs, split, join.report())
-        return Plans(self.index, self.dialect, records, reports + listing, config.ego_from_cache, descriptions)
+        return Plans(
+            self.index,
+            self.dialect,
+            records,
+            reports + listing,
+            config.ego_from_cache,
+            descriptions,
+        )
 
     def driven(self, split: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Waypoints [N, 6, 2] of a split's key-frames, and which are known [N, 6]."""

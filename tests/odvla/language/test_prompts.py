@@ -10,8 +10,8 @@ import yaml
 
 from odvla.errors import UserError
 from odvla.language import dialect_file
-from odvla.language.dialect_file import KINDS as ALL_KINDS
 from odvla.language.dialect_file import ASKED_LIKE, shipped_dialects, write_dialect
+from odvla.language.dialect_file import KINDS as ALL_KINDS
 from odvla.language.prompts import THINKING, Dialect, PlanDialect
 from odvla.types import EgoState
 
