@@ -192,15 +192,19 @@ class LanguageDataModule(NuScenesDataModule):
         """The request for a plan at any sample of the root, still to be answered."""
         frame = self.index.frame(sample_token)
         ego = ego_state(self.index, frame)
+        turns, more = self.dialect.turns("plan", None, ego), {}
+        if getattr(self.config, "thoughts", False):
+            turns, more = self.dialect.thinking_turns(("", ""), ego), {"thoughts": "yes"}
         return Conversation(
             id=f"{sample_token}_trajectory",
             sample_token=sample_token,
             kind="plan",
-            turns=self.dialect.turns("plan", None, ego),
+            turns=turns,
             reference="",
             meta={
                 "command": COMMANDS[int(ego.command[0])],
                 **self.dialect.plan_form.as_meta(),
+                **more,
             },
         )
 

@@ -6,8 +6,8 @@ kept. The file is read by array_pickles.py, which runs no code of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,23 @@ from numpy.typing import NDArray
 
 from datamodules.array_pickles import load_arrays
 from datamodules.collate import Tokenises
-from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
+from datamodules.conversations import (
+    FrameRecords,
+    LanguageDataConfig,
+    LanguageDataModule,
+    group_by_frame,
+)
 from datamodules.joining import Join, JoinReport
 from datamodules.language_files import read_json
+from datamodules.nucaption import read_nucaption, scene_summaries
 from datamodules.records import FrameRecord
 from odvla.errors import UserError
-from odvla.language.prompts import Dialect
+from odvla.language.action_bins import ActionBins
+from odvla.language.decisions import decision_of
+from odvla.language.prompts import Dialect, PlanDialect
 from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
 
+NO_SUMMARY = "nuCaption describes no scene for it, which its plan is to be thought over with"
 NO_WHOLE_FUTURE = "split.json does not list it for training"
 COMMAND = "gt_ego_fut_cmd"  # right, left, straight on
 FLAGS = ("gt_ego_fut_masks", COMMAND)
@@ -127,9 +136,14 @@ def read_split(join: Join, split: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Plans(FrameRecords[Driven]):
-    """One conversation a key-frame: the plan."""
+    """One conversation a key-frame: the plan.
+
+    With `descriptions`, by key-frame number, a plan is thought over first: the scene is described,
+    then comes the decision that the driven path carries out, then the plan.
+    """
 
     ego_from_cache: bool = False
+    descriptions: Mapping[int, str] | None = None
 
     def conversation(
         self, frame: FrameRecord, number: int, record: Driven, ego: EgoState
@@ -139,16 +153,23 @@ class Plans(FrameRecords[Driven]):
             ego = record.ego()
         form = self.dialect.plan_form
         answer = self.dialect.plan_answer(record.waypoints, ego.last_step[0])
+        turns, more = self.dialect.turns("plan", answer, ego), {}
+        if self.descriptions is not None:
+            decision = decision_of(record.waypoints, ego.last_step[0])
+            answers = (self.descriptions.get(frame.number, ""), decision, answer)
+            turns = self.dialect.thinking_turns(answers, ego)
+            more = {"thoughts": "yes", "decision": decision}
         return Conversation(
             id=f"{frame.token}_trajectory",
             sample_token=frame.token,
             kind="plan",
-            turns=self.dialect.turns("plan", answer, ego),
+            turns=turns,
             reference=answer,
             meta={
                 "command": COMMANDS[int(ego.command[0])],
                 "known_waypoints": str(int(record.mask.sum())),
                 **form.as_meta(),
+                **more,
             },
         )
 
@@ -164,6 +185,11 @@ class GPTDriverConfig(LanguageDataConfig):
     whole_futures_only: bool = False
     # The prompt's ego state as the cache has it (yaw rate near 0), for the released checkpoints.
     ego_from_cache: bool = False
+    # Think a plan over first: nuCaption's summary of the scene, a decision (odvla/language/
+    # decisions.py), then the plan. Key-frames without a summary are not learned from.
+    thoughts: bool = False
+    summary_answers: int = 2  # nuCaption answers in a summary, at most
+    nucaption_files: tuple[str, str] = ("nucaption/train.json", "nucaption/val.json")
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
@@ -191,8 +217,52 @@ class GPTDriverDataModule(LanguageDataModule):
                 if frame not in listed:
                     join.leave_out(NO_WHOLE_FUTURE, self.index.frames[frame].token)
             pairs = [pair for pair in pairs if pair[0] in listed]
+        descriptions = None
+        if config.thoughts:
+            described = self.join(folder / config.nucaption_files[split != "train"], split)
+            texts = group_by_frame(read_nucaption(described))
+            descriptions = scene_summaries(texts, config.summary_answers)
+            listing += (described.report(),)
+            if split == "train":
+                for frame, _ in pairs:
+                    if frame not in descriptions:
+                        join.leave_out(NO_SUMMARY, self.index.frames[frame].token)
+                pairs = [pair for pair in pairs if pair[0] in descriptions]
         records, reports = self.part(pairs, split, join.report())
-        return Plans(self.index, self.dialect, records, reports + listing, config.ego_from_cache)
+        return Plans(
+            self.index,
+            self.dialect,
+            records,
+            reports + listing,
+            config.ego_from_cache,
+            descriptions,
+        )
+
+    def driven(self, split: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Waypoints [N, 6, 2] of a split's key-frames, and which are known [N, 6]."""
+        records = self.make_source(split).records
+        found = [records[n][0] for n in self.frame_numbers(split) if n in records]
+        shape = (len(found), WAYPOINTS)
+        return (
+            np.array([record.waypoints for record in found], np.float32).reshape(*shape, 2),
+            np.array([record.mask for record in found], bool).reshape(shape),
+        )
+
+    def action_bins(self, count: int) -> ActionBins:
+        """The action bins of the training data.
+
+        Raises:
+            UserError: it holds no whole future.
+        """
+        waypoints, mask = self.driven("train")
+        return ActionBins.of(waypoints, count, mask)
+
+    def use_bins(self, bins: ActionBins) -> None:
+        """Word plans of action tokens by these bins from now on."""
+        if not isinstance(self.dialect, PlanDialect):
+            raise ValueError("only plans of action tokens have bins")
+        self.dialect = replace(self.dialect, bins=bins)
+        self._sources.clear()
 
     def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
         """Sample token and cached ego state of every key-frame of a split."""

@@ -5,6 +5,7 @@ A file is a list of {sample_token, question, answer, answer_lidar}; answer_lidar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from datamodules.collate import Tokenises
@@ -43,6 +44,14 @@ def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, 
         if frame is not None:
             pairs.append((frame, (question, answer)))
     return pairs
+
+
+def scene_summaries(described: Mapping[int, tuple[Described, ...]], most: int) -> dict[int, str]:
+    """A scene in a few sentences, by key-frame number: the distinct answers, `most` at most."""
+    return {
+        frame: " ".join(list(dict.fromkeys(answer for _, answer in records))[:most])
+        for frame, records in described.items()
+    }
 
 
 class SceneQuestions(FrameRecords[Described]):

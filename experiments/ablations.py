@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from experiments.schema import ExperimentConfig
+from experiments.styles import with_lift_splat, with_patches, with_pillars
 from experiments.sweeps.definition import Axis, Sweep, settings
 from experiments.tiny import smoke, tiny
+from odvla.planner import PlannerConfig
 
 
 def stages_table() -> Sweep:
@@ -86,6 +89,38 @@ def sizes_table() -> Sweep:
     )
 
 
+def actions_table() -> Sweep:
+    """What form a plan takes: four of text and tokens, and a regression beside them.
+
+    All share stages 0 to 2.5: prompts and vocabulary are the same, and each model has the action
+    tokens and the planner, whether or not it plans with them.
+    """
+    return Sweep("actions_table", _tiny_for_all_actions, (ACTIONS,), seeds=(0, 1, 2))
+
+
+def encoders_table() -> Sweep:
+    """What sees: a bird's-eye view by deformable attention, lifted pixels, patches, or lidar.
+
+    Patches have no view from above, and so no stage 0, no agents and no stage 2.5.
+    """
+    return Sweep(
+        "encoders_table",
+        tiny,
+        (
+            Axis(
+                "encoder",
+                {
+                    "deformable BEV": (),
+                    "lift-splat BEV": with_lift_splat,
+                    "patches": with_patches,
+                    "lidar pillars": with_pillars,
+                },
+            ),
+        ),
+        seeds=(0, 1, 2),
+    )
+
+
 def smoke_sweep() -> Sweep:
     """Every part of a sweep once, a few steps a stage: does it run at all?"""
     return Sweep(
@@ -104,6 +139,38 @@ STAGES_BEFORE_PLANNING = Axis(
         "3": ("run=[perception,planning]",),
     },
 )
+
+
+# Text of positions and offsets has more digits than the changes that `tiny` writes.
+LONGER = "stages.planning.max_new_tokens=110"
+OWN_RANGES = ("stages.planning.x_range_m=null", "stages.planning.y_range_m=null")
+ACTIONS = Axis(
+    "actions",
+    {
+        "waypoints": ("stages.planning.actions=points", LONGER, *OWN_RANGES),
+        "offsets": ("stages.planning.actions=offsets", LONGER, *OWN_RANGES),
+        "changes of offsets": ("stages.planning.actions=changes",),
+        "action tokens": ("stages.planning.actions=tokens",),
+        "regression": (
+            "stages.planning.actions=regression",
+            "stages.planning.freeze.train=[planner.*]",
+        ),
+    },
+)
+
+
+def _tiny_for_all_actions() -> ExperimentConfig:
+    """`tiny` with all that any form needs; the planner reads what the language model does."""
+    base = tiny()
+    planning: Any = base.stages.planning
+    rates = replace(planning.optimiser.lr, planner=1e-3)
+    optimiser = replace(planning.optimiser, lr=rates)
+    return replace(
+        base,
+        tokenizer=replace(base.tokenizer, action_tokens=256),
+        model=replace(base.model, planner=PlannerConfig(reads=("scene", "track", "map"))),
+        stages=replace(base.stages, planning=replace(planning, optimiser=optimiser)),
+    )
 
 
 def without_ego_state(base: ExperimentConfig) -> ExperimentConfig:

@@ -175,9 +175,11 @@ def memory_of(
 def load_of(config: ExperimentConfig, stage: str, tokenizer: ChatTokenizer) -> Load | None:
     """Conversations of a step, their length, and how much of it is answer; None: no text."""
     kinds = [k for k in SAMPLE_KINDS.get(stage, ()) if k in config.dialect.wording.requests]
-    if not kinds:
+    planning = config.stages.planning
+    regressed = stage == "planning" and planning is not None and planning.actions == "regression"
+    if not kinds or regressed:
         return None
-    told = fake_conversations(fake_plan(8, 0), fake_ego(8, 0), kinds, config.dialect)
+    told = fake_conversations(fake_plan(8, 0), fake_ego(8, 0), kinds, config.dialect_of(stage))
     lengths = [_length(config, conversation, tokenizer) for conversation in told]
     data = getattr(config.data, stage)
     return Load(
@@ -243,9 +245,11 @@ def _tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         except UserError:
             pass
         else:
-            return ChatTokenizer.load(folder, add_tags=settings.add_tags)
+            return ChatTokenizer.load(
+                folder, add_tags=settings.add_tags, action_tokens=settings.action_tokens
+            )
     size = max(settings.vocab_size, 300)
-    made = fake_tokenizer(config.dialect, size)
+    made = fake_tokenizer(config.dialect, size, settings.action_tokens)
     made.stands_in = True
     return made
 

@@ -145,7 +145,7 @@ def check_dialect(folder: Path, card: Card, config: ExperimentConfig) -> None:
     if card.dialect is None:
         return
     try:
-        config.dialect.check_same(card.dialect, f"the handoff {folder}")
+        config.dialect_of(card.stage).check_same(card.dialect, f"the handoff {folder}")
     except UserError as error:
         if not config.force_dialect:
             raise

@@ -27,7 +27,7 @@ from odvla.errors import UserError
 from odvla.language.causal_lm import reset_embeddings
 from odvla.language.prompts import Dialect
 from odvla.vla import DrivingVLA
-from odvla.weight_names import component_of
+from odvla.weight_names import OWN_PARTS, component_of
 from odvla.weights import file_sha256, stored_tensors
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _noted(checkpoint: Checkpoint) -> dict[str, str]:
 def _chosen(checkpoint: Checkpoint, init: InitConfig) -> dict[str, StoredTensor]:
     """The tensors of the parts that are asked for."""
     for name in checkpoint.tensors:
-        if name.split(".")[0] not in ("encoder", "queries", "projectors", "language"):
+        if name.split(".")[0] not in OWN_PARTS:
             raise UserError(
                 f"init.weights {checkpoint.path} holds {name!r}, which is none of our names: "
                 "convert it first (weights convert)"

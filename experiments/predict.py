@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,14 @@ from experiments.sample_pictures import MIN_SCORE, full_size_frame, scene_pictur
 from experiments.schema import ExperimentConfig
 from odvla.errors import UserError
 from odvla.language.tokenizer import ChatTokenizer
-from odvla.language.waypoints import ParseFailure, Waypoints, median_plan, parse_waypoints
+from odvla.language.waypoints import ParseFailure, format_waypoints, parse_waypoints
+from odvla.outputs import Generation, Perception
+from odvla.types import Batch
 from odvla.weights import load_weights
-from stages.planning import PlanningStageConfig
+from stages.base import StageModule
+from stages.planning import PlanningStage, PlanningStageConfig
+from stages.regression import RegressionStage
+from stages.thinking import thoughts_of
 
 MAX_CLIP = 40  # key-frames before the sample that the model may look at first
 
@@ -41,6 +47,16 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What came of one request."""
+
+    text: str
+    waypoints: list[list[float]] | None
+    perception: Perception | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
 class Cost:
     """What an answer took."""
 
@@ -49,6 +65,12 @@ class Cost:
     encode_s: float  # seeing, and putting what was seen into the text
     prefill_s: float  # reading the prompt
     decode_s: float  # writing
+
+    @classmethod
+    def of(cls, found: Generation) -> Cost:
+        """Of the first answer of a batch."""
+        times = (found.encode_s, found.prefill_s, found.decode_s)
+        return cls(found.new_tokens[0], found.runs, *times)
 
     def __str__(self) -> str:
         """One line."""
@@ -96,32 +118,15 @@ def predict(
     load_weights(vla, folder / WEIGHTS, card.parts)
     vla.eval()
     settings = config.stages.planning or PlanningStageConfig()
-    stage_of_plans = settings.build(vla)
-    grammar = drafting = None
-    if question is None:
-        grammar = stage_of_plans.grammar(conversation.meta)
-        drafting = stage_of_plans.drafting
     with torch.inference_mode():
-        found = vla.generate(
-            batch,
-            grammar=grammar,
-            max_new_tokens=settings.max_new_tokens,
-            samples=settings.samples if question is None else 1,
-            temperature=settings.temperature,
-            drafting=drafting,
-        )
-    text = found.texts[0][0]
-    plan: Waypoints | ParseFailure = ParseFailure("not a plan")
-    if question is None:
-        assert batch.ego is not None
-        form, last_step = config.dialect.plan_form, batch.ego.last_step[0]
-        if settings.samples > 1:
-            text = median_plan(found.texts[0], form, last_step)
-        plan = parse_waypoints(text, form, last_step)
-    waypoints = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
+        if question is not None:
+            found = vla.generate(batch, max_new_tokens=settings.max_new_tokens)
+            said = Said(found.texts[0][0], None, found.perception, Cost.of(found))
+        else:
+            said = _plan(settings.build(vla), batch)
     boxes = None
-    if found.perception is not None and found.perception.agent_steps:
-        agents = found.perception.agent_steps[-1]
+    if said.perception is not None and said.perception.agent_steps:
+        agents = said.perception.agent_steps[-1]
         used = agents.scores[0] >= MIN_SCORE
         if agents.mask is not None:
             used &= agents.mask[0]
@@ -130,13 +135,37 @@ def predict(
     drawn = scene_picture(
         full_size_frame(data, sample_token),
         data.config.grid.extent_m,
-        plan=waypoints,
+        plan=said.waypoints,
         boxes=boxes,
         title=f"{sample_token}  {question or ''}",
     )
     save_picture(draw_scene(drawn), path)
-    cost = Cost(found.new_tokens[0], found.runs, found.encode_s, found.prefill_s, found.decode_s)
-    return Prediction(text, waypoints, path, stage, cost)
+    return Prediction(said.text, said.waypoints, path, stage, said.cost)
+
+
+def _plan(stage: StageModule, batch: Batch) -> Said:
+    """One plan, in the form that the stage has it.
+
+    Raises:
+        UserError: see PlanningStage.bins.
+    """
+    if isinstance(stage, RegressionStage):
+        started = time.perf_counter()
+        regressed = stage.vla.regress(batch)
+        waypoints = regressed.waypoints[0].tolist()
+        cost = Cost(0, 0, time.perf_counter() - started, 0.0, 0.0)
+        return Said(format_waypoints(waypoints), waypoints, regressed.perception, cost)
+    assert isinstance(stage, PlanningStage)
+    found, batch = stage.write(batch)
+    assert batch.talk is not None
+    assert batch.ego is not None
+    conversation = batch.talk.conversations[0]
+    text = stage.settle(found.texts[0], conversation, batch, 0)
+    form, last_step = stage.form(conversation.meta), batch.ego.last_step[0]
+    plan = parse_waypoints(text, form, last_step)
+    read = None if isinstance(plan, ParseFailure) else plan.xy.tolist()
+    text = " ".join([*thoughts_of(conversation).values(), text])
+    return Said(text, read, found.perception, Cost.of(found))
 
 
 def _last_stage(config: ExperimentConfig, run: Path) -> tuple[str, Path]:

@@ -112,14 +112,19 @@ def make_town_at(root: Path, town: TownSettings, *, progress: bool = True) -> Pa
 def data_module(
     config: ExperimentConfig, stage: str, tokenizer: ChatTokenizer | None
 ) -> NuScenesDataModule:
-    """A stage's data module."""
+    """A stage's data module.
+
+    Without a tokenizer, as where a vocabulary is made of its texts, plans are worded as the dialect
+    has them: experiments that differ in the format of actions alone then share a vocabulary.
+    """
     encoder_grid = getattr(config.model.encoder, "grid", None)
     own = config.data.of_stage(stage, config.seed, encoder_grid)
     if getattr(config.model.encoder, "needs_lidar", False):
         own = replace(own, lidar=True)
     if stage == "perception":
         return own.build(tokenizer)
-    return own.build(tokenizer, config.dialect)
+    dialect = config.dialect if tokenizer is None else config.dialect_of(stage)
+    return own.build(tokenizer, dialect)
 
 
 def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
@@ -131,7 +136,9 @@ def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
     settings = config.tokenizer
     if settings.pretrained is not None:
         folder = model_folder(settings.pretrained, "tokenizer.pretrained", "tokenizer.json")
-        return ChatTokenizer.load(folder, add_tags=settings.add_tags)
+        return ChatTokenizer.load(
+            folder, add_tags=settings.add_tags, action_tokens=settings.action_tokens
+        )
 
     def texts() -> Iterator[str]:
         for stage in config.run:
@@ -139,7 +146,7 @@ def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
             if isinstance(module, LanguageDataModule):
                 yield from islice(module.texts("train"), settings.max_texts)
 
-    return train_tokenizer(texts(), settings.vocab_size)
+    return train_tokenizer(texts(), settings.vocab_size, settings.action_tokens)
 
 
 def kept_tokenizer(

@@ -15,9 +15,10 @@ from datamodules.nuscenes import NuScenesDataConfig
 from experiments.baselines import EgoMLPConfig
 from odvla.config import config_hash, to_tree
 from odvla.errors import UserError
-from odvla.language.prompts import Dialect
+from odvla.language.prompts import THINKING, Dialect, PlanDialect
 from odvla.types import BevGrid
 from odvla.vla import VLAConfig
+from odvla.weight_names import OWN_PARTS
 from stages.alignment import AlignmentStageConfig
 from stages.base import StageConfig
 from stages.instruction import InstructionStageConfig
@@ -47,8 +48,19 @@ class TokenizerConfig:
     vocab_size: int = 1024
     max_texts: int = 100_000  # of each data set; a vocabulary is settled long before
     pretrained: str | None = None  # folder with a tokenizer.json, or a hub id
+    # Bins a dimension of plans of action tokens (OpenVLA: 256), so many tokens more; 0: none.
+    action_tokens: int = 0
     # Give every tag a token of its own; False: spell out those that a pretrained tokenizer lacks.
     add_tags: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the number of action tokens.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        if self.action_tokens < 0 or self.action_tokens == 1:
+            raise UserError(f"tokenizer.action_tokens is 0 or at least 2, not {self.action_tokens}")
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,8 @@ class InitConfig:
     """Weights that the first stage starts from; what they do not fill stays random."""
 
     weights: str = ""  # what `weights convert` made, or any file of our names; "": none
-    # Parts to load, each of them whole: encoder, queries, projectors, language, or one of several,
-    # e.g. queries.track; (): all that the file holds.
+    # Parts to load, each of them whole: of OWN_PARTS, or one of several, e.g. queries.track; ():
+    # all that the file holds.
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -198,11 +210,8 @@ class InitConfig:
             UserError: naming the one that does not exist.
         """
         for part in self.parts:
-            if part.split(".")[0] not in ("encoder", "queries", "projectors", "language"):
-                raise UserError(
-                    f"init.parts must be some of encoder, queries, projectors, language, not "
-                    f"{part!r}"
-                )
+            if part.split(".")[0] not in OWN_PARTS:
+                raise UserError(f"init.parts must be some of {', '.join(OWN_PARTS)}, not {part!r}")
 
 
 @dataclass(frozen=True)
@@ -246,12 +255,50 @@ class ExperimentConfig:
                 )
             if self.stages.of(stage) is None or getattr(self.data, stage) is None:
                 raise UserError(f"run has stage {stage!r}, but its settings or its data are null")
+        self._check_actions()
         order = [STAGES.index(stage) for stage in self.run]
         if order != sorted(set(order)):
             raise UserError(
                 f"run has its stages out of order ({', '.join(self.run)}); the order is "
                 f"{', '.join(STAGES)}"
             )
+
+    def _check_actions(self) -> None:
+        """The format of plans needs its parts of the model, its tokens and its requests."""
+        planning = self.stages.planning
+        if planning is None or "planning" not in self.run:
+            return
+        if planning.actions == "tokens" and not self.tokenizer.action_tokens:
+            raise UserError(
+                "stages.planning.actions=tokens needs action tokens in the vocabulary: set "
+                "tokenizer.action_tokens=256"
+            )
+        if planning.actions == "regression" and self.model.planner is None:
+            raise UserError(
+                "stages.planning.actions=regression needs a planner: set model.planner.dim=64"
+            )
+        requests = self.dialect.wording.requests
+        if getattr(self.data.planning, "thoughts", False):
+            if planning.actions == "regression":
+                raise UserError("data.planning.thoughts are texts, which regression does not write")
+            if lacking := [kind for kind in THINKING if kind not in requests]:
+                raise UserError(
+                    f"data.planning.thoughts needs a dialect with the requests "
+                    f"{', '.join(THINKING)}; {self.dialect.name!r} lacks {lacking[0]!r} "
+                    "(dialect.name=reasoning has them)"
+                )
+
+    def dialect_of(self, stage: str) -> Dialect:
+        """The wording of a stage: plans may be written in another form than the dialect's own.
+
+        Prompts are the same, and so is all that the stages before planning read and write.
+        """
+        planning, own = self.stages.planning, self.dialect
+        if stage != "planning" or planning is None:
+            return own
+        if planning.actions == "" or planning.actions == "regression":
+            return own
+        return PlanDialect(own.name, own.without, own.labels, planning.actions)
 
     def stage_tree(self, stage: str) -> dict[str, Any]:
         """All settings that a stage's result depends on, besides what it starts from.

@@ -221,7 +221,7 @@ class StageRun:
                 steps=trainer.global_step,
                 seconds=round(time.monotonic() - started, 1),
                 trained=trained,
-                dialect=learned_dialect(trained, config.dialect, parent)
+                dialect=learned_dialect(trained, config.dialect_of(self.stage), parent)
                 or (initial.dialect if initial else None),
                 init=initial.record if initial else None,
                 frozen_before=freeze.before,

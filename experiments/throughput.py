@@ -46,7 +46,8 @@ class Trial:
 
 def random_model(config: ExperimentConfig) -> tuple[DrivingVLA, ChatTokenizer]:
     """The experiment's model with random weights, and a tokenizer that stands in for its own."""
-    tokenizer = fake_tokenizer(config.dialect, max(config.tokenizer.vocab_size, 400))
+    size = max(config.tokenizer.vocab_size, 400)
+    tokenizer = fake_tokenizer(config.dialect, size, config.tokenizer.action_tokens)
     language = replace(config.model.language, pretrained=None)
     if config.trainer.gradient_checkpointing:
         language = replace(language, gradient_checkpointing=True)
@@ -70,7 +71,7 @@ def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: Chat
         image_size=config.data.image_size,
         grid=getattr(config.model.encoder, "grid", None),
         kinds=chosen,
-        dialect=config.dialect,
+        dialect=config.dialect_of(stage),
     )
     batch = batch.to(next(vla.parameters()).device)
     if looks_once(settings):

@@ -193,11 +193,14 @@ def small() -> ExperimentConfig:
 
 def tiny_no_agents() -> ExperimentConfig:
     """Ablation of `tiny`: no agent queries, and so no object captions and no stage 2.5."""
-    base = tiny()
+    return replace(without_agents(tiny()), name="tiny_no_agents")
+
+
+def without_agents(base: ExperimentConfig) -> ExperimentConfig:
+    """An experiment without agent queries, and without what needs them."""
     scene, _, map_queries = base.model.queries
     return replace(
         base,
-        name="tiny_no_agents",
         model=replace(base.model, queries=(scene, map_queries)),
         data=replace(
             base.data,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from odvla.encoders.protocol import fake_frames
+from odvla.language.action_bins import ActionBins
 from odvla.language.prompts import Dialect
 from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
 from odvla.language.waypoints import format_future, format_waypoints
@@ -25,13 +27,17 @@ from odvla.types import (
     PlanTargets,
 )
 
+FAKE_BINS = 256  # of plans of action tokens
 AGENTS = 4  # annotated agents of a fake frame
 
 
-def fake_tokenizer(dialect: Dialect | None = None, vocab_size: int = 400) -> ChatTokenizer:
+def fake_tokenizer(
+    dialect: Dialect | None = None, vocab_size: int = 400, action_tokens: int = 0
+) -> ChatTokenizer:
     """A tokenizer trained on the fake conversations of a dialect."""
     conversations = fake_conversations(fake_plan(4, 0), fake_ego(4, 0), ("plan", "qa"), dialect)
-    return train_tokenizer((t.text for c in conversations for t in c.turns), vocab_size)
+    texts = (t.text for c in conversations for t in c.turns)
+    return train_tokenizer(texts, vocab_size, action_tokens)
 
 
 def fake_batch(
@@ -88,6 +94,8 @@ def fake_conversations(
     dialect = dialect or Dialect("compact")
     conversations = []
     form = dialect.plan_form
+    if form.values == "tokens" and form.bins is None:
+        form = replace(form, bins=ActionBins.of(plan.waypoints, FAKE_BINS))
     for row, waypoints in enumerate(plan.waypoints):
         one = EgoState(**{name: value[row : row + 1] for name, value in vars(ego).items()})
         for kind in kinds:

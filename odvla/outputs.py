@@ -60,6 +60,15 @@ class TalkOutput:
 
 
 @dataclass(frozen=True)
+class Regression:
+    """Plans that no text was written for."""
+
+    waypoints: Tensor  # [B, 6, 2] metres
+    perception: Perception
+    state: VLAState | None
+
+
+@dataclass(frozen=True)
 class Generation:
     """Written answers to the conversations of a batch."""
 

@@ -55,6 +55,9 @@ WAYPOINTS = 6  # a plan: 3 s at 2 Hz
 HISTORY = 4  # past positions given to the model: 2 s at 2 Hz
 STEP_S = 0.5  # time between key-frames
 BOX_DIM = 9
+# What EgoState.motion is divided by, so that all is of the order of 1 in town driving: velocity,
+# yaw rate, acceleration (metres a step), CAN acceleration, heading speed, steering, history.
+EGO_SCALES = (5.0, 5.0, 0.3, 0.5, 0.5, 2.0, 2.0, 5.0, 0.3, *([5.0] * 8))
 
 Stream = Literal["scene", "track", "map"]
 # Ids of the slots of a text; negative, so that no vocabulary can collide (the reference's values).

@@ -5,6 +5,7 @@ Read from top to bottom: what it is made of (config), what goes in and comes out
     frames --encoder--> features --queries--> tokens of "scene", "track", "map"   (perceive)
     tokens --projectors--> language width --splice into the text--> embeddings     (_spliced)
     embeddings --language model--> loss (forward) or text (generate)
+    features, tokens --planner--> waypoints, past the language model      (regress)
 
 What is unusual: the past is an explicit value (VLAState) that goes in and comes out; any number of
 conversations may be about any row of the batch; a conversation about an object is left out of the
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from odvla.encoders.history import after_history, uniad_history
 from odvla.errors import UserError
 from odvla.language import generation
+from odvla.language.action_bins import ActionBinStore
 from odvla.language.causal_lm import CausalLM, LanguageConfig
 from odvla.language.draft import Drafting, MotionDraft
 from odvla.language.generation import Decoded
@@ -33,9 +35,11 @@ from odvla.language.splice import Spliced, match_objects, splice
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import PlanForm
 from odvla.losses.clip import Lesson
-from odvla.outputs import Generation, Perception, TalkOutput, Teaching, VLAState
+from odvla.outputs import Generation, Perception, Regression, TalkOutput, Teaching, VLAState
+from odvla.planner import PlannerConfig
 from odvla.projectors import ProjectorConfig
 from odvla.types import (
+    EGO_SCALES,
     IGNORE_INDEX,
     AgentPredictions,
     Batch,
@@ -45,9 +49,6 @@ from odvla.types import (
     TokenSet,
 )
 
-# What EgoState.motion is divided by, so that all is of the order of 1 in town driving: velocity,
-# yaw rate, acceleration (metres a step), CAN acceleration, heading speed, steering, history.
-EGO_SCALES = (5.0, 5.0, 0.3, 0.5, 0.5, 2.0, 2.0, 5.0, 0.3, *([5.0] * 8))
 EGO_NOW = 9  # so many of them are of now, the rest is the history
 
 
@@ -63,6 +64,9 @@ class VLAConfig:
     queries: tuple[Any, ...]
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    # Regresses plans without the language model (stages.planning.actions=regression); None: none is
+    # built. One that no stage uses stays as it was built.
+    planner: PlannerConfig | None = None
     # An object is the track whose centre is nearest, if it is as near as this.
     object_match_m: float = 2.0
     # Put the ego state into the text as one projected token, too, where the dialect has <EGO>: a
@@ -141,6 +145,14 @@ class DrivingVLA(nn.Module):
                 for stream, dim in widths.items()
             }
         )
+        self.planner = None
+        if config.planner is not None:
+            if self.encoder.grid is not None:
+                widths["bev"] = self.encoder.dim
+            self.planner = config.planner.build(widths, self.encoder.grid)
+        # What the action tokens of the vocabulary mean, once a planning stage has settled that.
+        bins = len(tokenizer.action_ids)
+        self.actions = ActionBinStore(bins) if bins else None
 
     # -- seeing ---------------------------------------------------------------------------------
 
@@ -242,11 +254,54 @@ class DrivingVLA(nn.Module):
             talk = replace(talk, labels=torch.full_like(talk.labels, IGNORE_INDEX))
         spliced = self._spliced(batch, talk, tokens, kept, perception)
         loss, logits, labels = self.language(spliced)
-        if self.every_parameter_counts:
-            in_layers = {id(p) for p in self.language.layers.parameters()}  # these are always used
-            rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
-            loss = loss + 0.0 * torch.stack([p.sum() for p in rest]).sum()
-        return TalkOutput(loss, logits, labels, matched, unmatched, perception, state)
+        return TalkOutput(self.counted(loss), logits, labels, matched, unmatched, perception, state)
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """The loss with a gradient of zeros for parameters that a batch has not used."""
+        if not self.every_parameter_counts:
+            return loss
+        in_layers = {id(p) for p in self.language.layers.parameters()}  # these are always used
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
+        return loss + 0.0 * torch.stack([p.sum() for p in rest]).sum()
+
+    def regress(
+        self,
+        batch: Batch,
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        seen: Perception | None = None,
+    ) -> Regression:
+        """Plan without the language model.
+
+        Args:
+            batch: what is seen, and the car's state.
+            state: what the previous call returned; None at the start.
+            blind: see `perceive`.
+            seen: see `forward`.
+
+        Raises:
+            UserError: the model has no planner, or the bird's-eye view that it reads was not kept.
+        """
+        if self.planner is None or batch.ego is None:
+            raise UserError("plans by regression need model.planner and the car's state")
+        perception, state = (seen, state) if seen else self._look(batch, state, blind)
+        assert perception is not None
+        features = {
+            stream: (tokens.feats, self._shown(stream, tokens.mask))
+            for stream, tokens in perception.tokens.items()
+        }
+        if "bev" in self.planner.config.reads:
+            if perception.features is None or perception.features.bev is None:
+                raise UserError(
+                    "model.planner reads the bird's-eye view, which remembered tokens do not hold: "
+                    "set stages.planning.remember_tokens=false, or model.planner.reads to streams"
+                )
+            cells = perception.features.bev.flatten(1, 2)
+            everywhere = torch.ones(cells.shape[:2], dtype=torch.bool, device=cells.device)
+            # The view is the whole scene: who hides the scene hides it.
+            features["bev"] = cells, self._shown("scene", everywhere)
+        return Regression(self.planner(features, batch.ego), perception, state)
 
     @torch.no_grad()
     def generate(

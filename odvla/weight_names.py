@@ -16,6 +16,8 @@ from torch import Tensor
 
 from odvla.errors import UserError
 
+# Parts of a DrivingVLA, first words of its weights' names.
+OWN_PARTS = ("encoder", "queries", "projectors", "language", "planner", "actions")
 Rules = tuple[tuple[str, str], ...]
 # (UniAD's prefix, ours)
 RULES: Rules = (

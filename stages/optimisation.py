@@ -19,6 +19,7 @@ COMPONENTS = {
     "queries": "queries.",
     "projectors": "projectors.",
     "language": "language.",
+    "planner": "planner.",
 }
 
 
@@ -31,6 +32,7 @@ class LearningRates:
     queries: float = 1e-4
     projectors: float = 1e-4
     language: float = 1e-5
+    planner: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class StartSteps:
     queries: int = 0
     projectors: int = 0
     language: int = 0
+    planner: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,11 @@ def tell_less(batch: Batch, ablation: str, dialect: Dialect, tokenizer: ChatToke
     told = []
     for conversation, row in zip(batch.talk.conversations, owners, strict=True):
         one = rows_of(ego, torch.tensor([row], device=ego.command.device)).to("cpu")
-        turns = dialect.turns(conversation.kind, conversation.reference, one)
+        if "thoughts" in conversation.meta:
+            answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
+            turns = dialect.thinking_turns(answers, one)
+        else:
+            turns = dialect.turns(conversation.kind, conversation.reference, one)
         told.append(replace(conversation, turns=turns))
     return replace(batch, ego=ego, talk=tokenizer.tokenise(told, owners).to(here))
 

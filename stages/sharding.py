@@ -23,8 +23,9 @@ def shard(vla: DrivingVLA, mesh: Any) -> None:
     for layer in vla.language.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(vla, mesh=mesh)
-    # The perception stage looks and does not talk.
+    # The perception stage looks and does not talk; nor does a plan by regression.
     register_fsdp_forward_method(vla, "perceive")
+    register_fsdp_forward_method(vla, "regress")
     # Gradients are exchanged all at once: each process must have one for each parameter, whether
     # or not its conversations use it.
     vla.every_parameter_counts = True

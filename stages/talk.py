@@ -9,7 +9,7 @@ import torch
 
 from odvla.language.draft import Drafting
 from odvla.language.grammar import Grammar
-from odvla.outputs import Perception, VLAState
+from odvla.outputs import Generation, Perception, VLAState
 from odvla.types import Batch, Conversation
 from stages.base import Record, StageConfig, StageLoss, StageModule, gather
 
@@ -58,10 +58,43 @@ class TalkStage(StageModule):
         """Of the draws."""
         return 1.0
 
-    @property
-    def drafting(self) -> Drafting | None:
+    def drafting(self, meta: Mapping[str, str]) -> Drafting | None:
         """How answers are guessed before they are verified; None: not at all."""
         return None
+
+    def write(
+        self,
+        batch: Batch,
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        seen: Perception | None = None,
+    ) -> tuple[Generation, Batch]:
+        """Answer the conversations of a batch.
+
+        Args:
+            batch: the next key-frames of the streamed scenes.
+            state: what the previous call left.
+            blind: zero the images.
+            seen: what the vision half makes of the batch, where that is known.
+
+        Returns:
+            The answers, and the batch whose conversations they belong to.
+        """
+        # All conversations of an experiment share a dialect, and so the form of their numbers.
+        meta = batch.talk.conversations[0].meta if batch.talk else None
+        found = self.vla.generate(
+            batch,
+            state,
+            grammar=None if meta is None else self.grammar(meta),
+            max_new_tokens=self.config.max_new_tokens,
+            blind=blind,
+            seen=seen,
+            samples=self.samples,
+            temperature=self.temperature,
+            drafting=None if meta is None else self.drafting(meta),
+        )
+        return found, batch
 
     def settle(
         self, texts: Sequence[str], conversation: Conversation, batch: Batch, row: int
@@ -101,18 +134,11 @@ class TalkStage(StageModule):
         """
         plain = not blind and not stream
         stream = stream or ("blind" if blind else "seeing")
-        # All conversations of an experiment share a dialect, and so the form of their numbers.
-        grammar = self.grammar(batch.talk.conversations[0].meta) if batch.talk else None
-        found = self.vla.generate(
+        found, batch = self.write(
             batch,
             self.streams.get(stream),
-            grammar=grammar,
-            max_new_tokens=self.config.max_new_tokens,
             blind=blind,
             seen=None if blind else seen or self.recall(batch),
-            samples=self.samples,
-            temperature=self.temperature,
-            drafting=self.drafting,
         )
         self.streams[stream] = found.state
         if plain:

@@ -14,10 +14,9 @@ from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.errors import UserError
 from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.trackformer import TrackFormerConfig
-from odvla.weight_names import LAYOUTS, OLD_OFFSETS, OPENDRIVEVLA
+from odvla.weight_names import LAYOUTS, OLD_OFFSETS, OPENDRIVEVLA, OWN_PARTS
 
 OWN = "odvla"
-OWN_PARTS = ("encoder", "queries", "projectors", "language")
 MAP_WEIGHTS = "queries.map.encoder.0.attention.attention_weights.weight"
 QWEN_ENTRIES = 151_665  # of Qwen2.5's vocabulary; its embedding is padded
 

@@ -34,7 +34,7 @@ from odvla.checkpoints.writing import (
     write_torch_file,
 )
 from odvla.errors import UserError
-from odvla.weight_names import OPENDRIVEVLA, Layout, component_of
+from odvla.weight_names import OPENDRIVEVLA, OWN_PARTS, Layout, component_of
 from odvla.weights import write_atomically
 
 _, THEIR_STEM, PICKLED_STEM = STEMS
@@ -100,7 +100,7 @@ def _wanted(checkpoint: Checkpoint, layout: Layout) -> tuple[Stored, dict[str, i
         component = component_of(name)
         if component in layout.components:
             ours[name] = tensor
-        elif component.split(".")[0] in ("queries", "projectors", "language"):
+        elif component.split(".")[0] in OWN_PARTS:
             left_out[component] = left_out.get(component, 0) + 1
         else:
             raise UserError(f"{checkpoint.path} holds {name!r}, which is no weight of a DrivingVLA")

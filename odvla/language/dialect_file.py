@@ -20,9 +20,13 @@ from odvla.errors import UserError
 from odvla.language.waypoints import PlanForm
 from odvla.types import COMMANDS
 
-# Kinds of conversation a dialect can word (Conversation.kind).
+# Kinds of conversation a dialect can word (Conversation.kind). "describe", "decide" and "conclude"
+# are the three requests of a plan that is thought over (Dialect.thinking_turns).
 KINDS = (
     "plan",
+    "describe",
+    "decide",
+    "conclude",
     "agent",
     "caption_object",
     "caption_map",
@@ -193,6 +197,11 @@ def checked_wording(content: Any, where: str) -> Wording:
     commands = content["commands"]
     if len(commands) != len(COMMANDS) or not all(isinstance(text, str) for text in commands):
         raise UserError(f"dialect {where}: commands must be {len(COMMANDS)} texts")
+    if content["plan"].get("values") == "tokens":
+        raise UserError(
+            f"dialect {where}: plans of a dialect are points, offsets or changes; action tokens "
+            "are chosen by stages.planning.actions=tokens"
+        )
     return Wording(
         system=content["system"],
         lines=lines,

@@ -3,7 +3,8 @@
 A trajectory's form is first an automaton over symbols (characters, and tags that are one token).
 `compile_grammar` lifts it to the tokens of a vocabulary: from each state, a token is allowed where
 all of its characters are, whichever way the text is cut into tokens. Greedy decoding then takes the
-best of the allowed tokens, and every text it ends is one that `parse_waypoints` reads.
+best of the allowed tokens, and every text it ends is one that `parse_waypoints` reads. Plans of
+action tokens and answers that are one of a few texts are automata of the same kind.
 
 A tag that the tokenizer has as one token is written as that token; where it has none, the tag is
 spelled out like any other text. Vocabularies are byte-level or otherwise spell ASCII as itself; a
@@ -18,21 +19,31 @@ kept as long as its tokenizer, so that it is made once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from odvla.errors import UserError
+from odvla.language.action_bins import DIMENSIONS, action_token
 from odvla.language.automaton import Automaton, Range
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import DECIMALS, TRAJ_END, TRAJ_START, UNKNOWN
 from odvla.types import WAYPOINTS, TensorFields
 
-__all__ = ["Grammar", "Range", "compile_grammar", "future_grammar", "plan_grammar"]
+__all__ = [
+    "Grammar",
+    "Range",
+    "action_grammar",
+    "choice_grammar",
+    "compile_grammar",
+    "future_grammar",
+    "plan_grammar",
+]
 
 
 @dataclass(frozen=True)
@@ -116,17 +127,73 @@ def future_grammar(
     return _trajectory_grammar(tokenizer, form)
 
 
+def action_grammar(tokenizer: ChatTokenizer) -> Grammar:
+    """Plans of action tokens: twelve of them, and then the end.
+
+    Raises:
+        UserError: the tokenizer has no action tokens.
+    """
+    actions = tokenizer.action_ids
+    if not actions:
+        raise UserError(
+            "the tokenizer has no action tokens: train the stages before planning with "
+            "tokenizer.action_tokens=256"
+        )
+
+    def compiled() -> Grammar:
+        automaton = Automaton()
+        start = node = automaton.node()
+        for _ in range(DIMENSIONS):
+            after = automaton.node()
+            for number in range(len(actions)):
+                automaton.literal(node, [action_token(number)], after)
+            node = after
+        vocabulary = tokenizer.tokenizer.get_vocab()
+        return compile_grammar(automaton, start, node, vocabulary, tokenizer.end_id)
+
+    return _kept(tokenizer, "actions", compiled)
+
+
+def choice_grammar(tokenizer: ChatTokenizer, texts: tuple[str, ...]) -> Grammar:
+    """One of some texts.
+
+    Args:
+        tokenizer: whose tokens are constrained.
+        texts: at least one; none is the beginning of another.
+    """
+    for text in texts:
+        if any(other != text and other.startswith(text) for other in texts):
+            raise ValueError(f"{text!r} is the beginning of another choice")
+
+    def compiled() -> Grammar:
+        vocabulary = tokenizer.tokenizer.get_vocab()
+        space = next((s for s in SPACES if s in vocabulary), " ")
+        automaton = Automaton()
+        start, end = automaton.node(), automaton.node()
+        for text in texts:
+            automaton.literal(start, text.replace(" ", space), end)
+        return compile_grammar(automaton, start, end, vocabulary, tokenizer.end_id)
+
+    return _kept(tokenizer, texts, compiled)
+
+
+SPACES = ("\u0120", "\u2581")  # how byte-level and SentencePiece vocabularies spell one
 _Form = tuple[Range, Range, int, bool, bool]  # x, y, decimals, signed zero, a plan (not a future)
 # What was compiled, by tokenizer; with its size, because tokens may be added to it.
-_COMPILED: WeakKeyDictionary[ChatTokenizer, dict[tuple[int, _Form], Grammar]] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[ChatTokenizer, dict[tuple[int, Any], Grammar]] = WeakKeyDictionary()
+
+
+def _kept(tokenizer: ChatTokenizer, what: Any, compiled: Callable[[], Grammar]) -> Grammar:
+    """A grammar, compiled at the first time it is asked for."""
+    known = _COMPILED.setdefault(tokenizer, {})
+    key = (len(tokenizer), what)
+    if key not in known:
+        known[key] = compiled()
+    return known[key]
 
 
 def _trajectory_grammar(tokenizer: ChatTokenizer, form: _Form) -> Grammar:
-    known = _COMPILED.setdefault(tokenizer, {})
-    key = (len(tokenizer), form)
-    if key not in known:
-        known[key] = _compile_trajectory(tokenizer, form)
-    return known[key]
+    return _kept(tokenizer, form, lambda: _compile_trajectory(tokenizer, form))
 
 
 def _compile_trajectory(tokenizer: ChatTokenizer, form: _Form) -> Grammar:
@@ -174,7 +241,7 @@ def compile_grammar(
     spelled = _spelled(vocabulary, symbols)
     for symbol in sorted(symbols):
         if not any(len(spelling) == 1 for spelling, _ in spelled.get(symbol, [])):
-            raise UserError(f"the tokenizer has no token for {symbol!r}, which plans need")
+            raise UserError(f"the tokenizer has no token for {symbol!r}, which the answer needs")
     allowed: list[dict[int, int]] = []
     texts = {end_id: ""}
     for node, followers in enumerate(edges):

@@ -7,7 +7,7 @@ answers nonsense in another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from odvla.errors import UserError
+from odvla.language.action_bins import ActionBins
 from odvla.language.dialect_file import (
     ASKED_LIKE,
     EGO_FIELDS,
@@ -25,16 +26,26 @@ from odvla.language.dialect_file import (
     fields_of,
     read_wording,
 )
-from odvla.language.waypoints import DECIMALS, PlanForm, format_number, format_waypoints
+from odvla.language.waypoints import (
+    DECIMALS,
+    PlanForm,
+    PlanValues,
+    format_number,
+    format_waypoints,
+)
 from odvla.types import HISTORY, EgoState, Turn
 
-__all__ = ["KINDS", "PARTS", "Dialect"]
+__all__ = ["KINDS", "PARTS", "THINKING", "Dialect", "PlanDialect"]
 # Parts of a request that an ablation may leave out (the paper's table IV): the fields they tell.
 PARTS = {
     "ego": frozenset(EGO_FIELDS),
     "history": frozenset({"history"}),
     "command": frozenset({"command"}),
 }
+
+
+# The requests of a plan that is thought over, in order.
+THINKING = ("describe", "decide", "conclude")
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class Dialect:
             "without": sorted(self.without),
             "sha256": self.wording.sha256,
             "content": dict(self.wording.content),
+            "plan": self.plan_form.as_meta(),
         }
 
     def check_same(self, kept: Mapping[str, Any], where: str) -> None:
@@ -107,11 +119,18 @@ class Dialect:
             where: what they are called in the message.
 
         Raises:
-            UserError: the texts differ, or the parts left out.
+            UserError: the texts differ, or the parts left out, or the form of plans.
         """
         own = self.identity()
         if (own["sha256"], own["without"]) == (kept["sha256"], sorted(kept["without"])):
-            return
+            written = kept.get("plan", own["plan"])
+            if written == own["plan"]:
+                return
+            raise UserError(
+                f"{where} has learned to write plans as {_written(written)}, and this experiment "
+                f"reads them as {_written(own['plan'])} (stages.planning.actions): plans in "
+                "another form are nonsense"
+            )
         what = f"dialect {kept['name']!r}" + _left_out(kept["without"])
         mine = f"{self.name!r}" + _left_out(self.without)
         if own["sha256"] != kept["sha256"] and own["name"] == kept["name"]:
@@ -140,6 +159,24 @@ class Dialect:
             turns.insert(0, Turn("system", self.wording.system))
         if answer is not None:
             turns.append(Turn("assistant", answer))
+        return tuple(turns)
+
+    def thinking_turns(self, answers: Sequence[str], ego: EgoState | None) -> tuple[Turn, ...]:
+        """A plan that is thought over first: what is seen, what is to be done, the plan.
+
+        Args:
+            answers: those that are known, of the three; behind them stands the next request.
+            ego: see `turns`.
+
+        Raises:
+            UserError: the dialect has no such requests.
+        """
+        turns = [Turn("system", self.wording.system)] if self.wording.system else []
+        for number, kind in enumerate(THINKING):
+            if number <= len(answers):
+                turns.append(Turn("user", self.request(kind, ego)))
+            if number < len(answers):
+                turns.append(Turn("assistant", answers[number]))
         return tuple(turns)
 
     def request(self, kind: str, ego: EgoState | None, question: str = "") -> str:
@@ -222,6 +259,31 @@ class Dialect:
         if self.wording.signed_zero:
             return f"{value:.{decimals}f}"
         return format_number(value, decimals)
+
+
+@dataclass(frozen=True)
+class PlanDialect(Dialect):
+    """A dialect whose plans are written in another form than its file says.
+
+    Prompts stay as they are, so that all that was learned before planning fits.
+
+    Args:
+        values: see `PlanForm`.
+        bins: of action tokens; None: they are not known yet.
+    """
+
+    values: PlanValues = "points"
+    bins: ActionBins | None = None
+
+    @property
+    def plan_form(self) -> PlanForm:
+        """How plans are written."""
+        return replace(self.wording.plan, values=self.values, bins=self.bins)
+
+
+def _written(plan: Mapping[str, str]) -> str:
+    form = plan["form"]
+    return "action tokens" if form == "tokens" else f"{form} of {plan['decimals']} decimals"
 
 
 def _left_out(parts: Any) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from odvla.errors import UserError
+from odvla.language.action_bins import action_token
 from odvla.language.dialect_file import PLAIN, TrainingStream
 from odvla.types import BOX_DIM, IGNORE_INDEX, SLOT_IDS, Conversation, Talk, Turn
 
@@ -67,8 +68,11 @@ class ChatTokenizer:
         add_tags: make every tag that it lacks a token. False: such a tag is spelled out like any
             text, as comments in the released code imply.
         added_ids: ids that were added to it before; None: those that are added now.
+        action_tokens: bins a dimension that plans of action tokens have; such tokens are added
+            where it has none. 0: those that it has.
 
     Attributes:
+        action_ids: the tokens of these bins, in order; () where it has none.
         added_ids: ids whose embeddings a pretrained model has never learned.
 
     Raises:
@@ -81,6 +85,7 @@ class ChatTokenizer:
         *,
         add_tags: bool = True,
         added_ids: Sequence[int] | None = None,
+        action_tokens: int = 0,
     ) -> None:
         vocabulary = tokenizer.get_vocab()
         for token in (IM_START, IM_END):
@@ -88,12 +93,15 @@ class ChatTokenizer:
                 raise UserError(f"the tokenizer has no token {token}, which ChatML needs")
         if add_tags:
             tokenizer.add_tokens([AddedToken(tag, normalized=False, special=True) for tag in TAGS])
+        actions = [action_token(number) for number in range(action_tokens)]
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in actions])
         now = tokenizer.get_vocab()
+        self.action_ids = _actions_of(now)
         self.tokenizer = tokenizer
         self.add_tags = add_tags
         self.stands_in = False  # True: only for one that is not here, to count with
         self.added_ids = (
-            tuple(sorted(now[tag] for tag in TAGS if tag in now and tag not in vocabulary))
+            tuple(sorted(now[t] for t in (*TAGS, *actions) if t in now and t not in vocabulary))
             if added_ids is None
             else tuple(added_ids)
         )
@@ -218,12 +226,15 @@ class ChatTokenizer:
         (Path(folder) / CHAT_FILE).write_text(json.dumps(added), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path | str, *, add_tags: bool = True) -> ChatTokenizer:
+    def load(
+        cls, folder: Path | str, *, add_tags: bool = True, action_tokens: int = 0
+    ) -> ChatTokenizer:
         """Read what `save` wrote, or a model folder such as Qwen2.5's.
 
         Args:
             folder: holds a tokenizer.json.
             add_tags: of a tokenizer that `save` did not write.
+            action_tokens: the same.
 
         Raises:
             UserError: there is no tokenizer.json, or no ChatML token in it.
@@ -231,7 +242,7 @@ class ChatTokenizer:
         path = Path(folder).expanduser()
         if not (path / "tokenizer.json").is_file():
             raise UserError(f"there is no tokenizer.json in {path}")
-        kept: dict[str, Any] = {"add_tags": add_tags}
+        kept: dict[str, Any] = {"add_tags": add_tags, "action_tokens": action_tokens}
         if (path / CHAT_FILE).is_file():
             kept = json.loads((path / CHAT_FILE).read_text(encoding="utf-8"))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
@@ -239,6 +250,14 @@ class ChatTokenizer:
             return cls(tokenizer, **kept)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def _actions_of(vocabulary: dict[str, int]) -> tuple[int, ...]:
+    """Ids of the action tokens, in the order of their bins."""
+    found: list[int] = []
+    while action_token(len(found)) in vocabulary:
+        found.append(vocabulary[action_token(len(found))])
+    return tuple(found)
 
 
 def _message(turn: Turn, stream: TrainingStream) -> tuple[str, str]:
@@ -261,12 +280,13 @@ def chat_text(conversation: Conversation, stream: TrainingStream = PLAIN) -> str
     return text if answered else f"{text}{IM_START}assistant\n"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, action_tokens: int = 0) -> ChatTokenizer:
     """Learn a byte-level BPE vocabulary that cuts text as Qwen2.5's does; deterministic.
 
     Args:
         texts: what to learn merges from; tags and slots in it are left out.
         vocab_size: all ids together: 256 bytes, control tokens, tags, and merges for the rest.
+        action_tokens: so many more ids, see `ChatTokenizer`.
 
     Raises:
         UserError: vocab_size is too small for bytes and tags.
@@ -293,7 +313,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=IM_END, pad_token=END_OF_TEXT
     )
-    return ChatTokenizer(wrapped)
+    return ChatTokenizer(wrapped, action_tokens=action_tokens)
 
 
 def _plain_pieces(texts: Iterable[str]) -> Iterator[str]:

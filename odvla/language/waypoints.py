@@ -3,7 +3,8 @@
 A plan is written `<traj_start>[(x,y),...,(x,y)]<traj_end>`: six points 0.5 s apart in the LIDAR_TOP
 frame of t0 (x right, y forward), metres with two decimals, no spaces. The future of another agent
 is written the same way without the tags, in the agent's own frame, and a point that is not known
-is `(UN,UN)`. A PlanForm may write fewer decimals, and motion instead of points.
+is `(UN,UN)`. A PlanForm may write fewer decimals, motion instead of points, or action tokens
+instead of digits.
 
 Reading is strict: anything but one such text is a ParseFailure, to be counted. `reference_repair`
 is the released code's lenient way, for scoring texts that other programs wrote; `read_plans` reads
@@ -16,18 +17,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from odvla.errors import UserError
+from odvla.language.action_bins import ActionBins
 from odvla.types import WAYPOINTS
 
 TRAJ_START, TRAJ_END = "<traj_start>", "<traj_end>"
 UNKNOWN = "UN"
 DECIMALS = 2
-PlanValues = Literal["points", "steps", "changes"]
+PlanValues = Literal["points", "offsets", "changes", "tokens"]
 ParsePolicy = Literal["strict", "reference"]
 
 _PLAN = re.compile(re.escape(TRAJ_START) + r"\[(.*)\]" + re.escape(TRAJ_END))
@@ -54,15 +56,18 @@ class PlanForm:
     """How the six points of a plan become numbers.
 
     Args:
-        values: "points", the positions, as the paper writes them. "steps", the motion from each
-            point to the next, from the origin to the first. "changes", the steps less the car's own
-            motion in the last 0.5 s: nothing but zeros says "drive on as you do", so that a model
-            that can hardly read starts from constant velocity and learns what differs from it.
+        values: "points", the positions, as the paper writes them. "offsets", the motion from each
+            point to the next, from the origin to the first. "changes", the offsets less the car's
+            own motion in the last 0.5 s: nothing but zeros says "drive on as you do", so that a
+            model that can hardly read starts from constant velocity and learns what differs from
+            it. "tokens", the bin of each coordinate as one token, see action_bins.py.
         decimals: of every number. What rounding leaves of one step goes into the next, so that it
             never adds up. The car's own motion is not rounded: else its last digits, which the
             model does not write, would make those that it writes jump.
         signed_zero: a number that rounds to zero from below is written with a minus, as in the
             released dialect.
+        bins: of "tokens", those of the weights; without them such a plan is neither written nor
+            read.
 
     Raises:
         UserError: there is no such form.
@@ -71,19 +76,22 @@ class PlanForm:
     values: PlanValues = "points"
     decimals: int = DECIMALS
     signed_zero: bool = False
+    bins: ActionBins | None = None
 
     def __post_init__(self) -> None:
         """Check both settings."""
-        if self.values not in ("points", "steps", "changes"):
-            raise UserError(f"a plan is written as points, steps or changes, not {self.values!r}")
+        if self.values not in get_args(PlanValues):
+            raise UserError(
+                f"a plan is written as {', '.join(get_args(PlanValues))}, not {self.values!r}"
+            )
         if not 1 <= self.decimals <= DECIMALS:
             raise UserError(f"a plan has 1 or {DECIMALS} decimals, not {self.decimals}")
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, str]) -> PlanForm:
+    def from_meta(cls, meta: Mapping[str, str], bins: ActionBins | None = None) -> PlanForm:
         """The form that a conversation's plan is written in (`Conversation.meta`)."""
         signed_zero = meta.get("signed_zero") == "yes"
-        return cls(cast(PlanValues, meta["form"]), int(meta["decimals"]), signed_zero)
+        return cls(cast(PlanValues, meta["form"]), int(meta["decimals"]), signed_zero, bins)
 
     def as_meta(self) -> dict[str, str]:
         """What `from_meta` reads."""
@@ -106,6 +114,20 @@ class PlanForm:
         if self.values == "points":
             return numbers
         return (numbers + self._base(last_step)).cumsum(axis=0)
+
+    @property
+    def known_bins(self) -> ActionBins:
+        """The bins of a plan of tokens.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.bins is None:
+            raise UserError(
+                "a plan of action tokens needs action bins, which come with the weights of a "
+                "planning stage that learned such plans"
+            )
+        return self.bins
 
     def _base(self, last_step: ArrayLike) -> NDArray[np.float64]:
         return np.asarray(last_step if self.values == "changes" else STANDING, dtype=np.float64)
@@ -154,8 +176,12 @@ def format_waypoints(
 
     Raises:
         ValueError: another shape, or a number that is not finite.
+        UserError: a form of tokens has no bins.
     """
     written = np.asarray(waypoints, dtype=np.float64)
+    if form.values == "tokens":
+        format_future(written)  # refuses what is no plan
+        return form.known_bins.text(written)
     if written.ndim == 2:
         written = form.numbers(written, last_step)
     points = format_future(written, decimals=form.decimals, signed_zero=form.signed_zero)
@@ -204,6 +230,11 @@ def parse_waypoints(
     text: str, form: PlanForm = POINTS, last_step: ArrayLike = STANDING
 ) -> Waypoints | ParseFailure:
     """Read a plan: the whole text must be what `format_waypoints` may write in that form."""
+    if form.values == "tokens":
+        read = form.known_bins.read(text.strip())
+        if isinstance(read, str):
+            return ParseFailure(read)
+        return Waypoints(read, np.ones(WAYPOINTS, dtype=bool))
     found = _PLAN.fullmatch(text.strip())
     if found is None:
         return ParseFailure(f"not of the form {TRAJ_START}[...]{TRAJ_END}")

@@ -20,6 +20,9 @@ from datamodules.nux import NuXConfig
 from datamodules.picking import Picker
 from datamodules.tod3cap import TOD3CapConfig
 from odvla.errors import UserError
+from odvla.language.action_bins import ActionBins
+from odvla.language.decisions import decision_of
+from odvla.language.prompts import Dialect, PlanDialect
 from odvla.language.waypoints import format_waypoints
 from odvla.types import Talk
 
@@ -182,6 +185,46 @@ def test_contents_arrive(root):
     cached = _cached(index, None)["gt_ego_fut_trajs"][1:]
     assert plan.reference == format_waypoints(cached)
     assert plan.meta["known_waypoints"] == "4"
+
+
+def test_plans_are_thought_over(root):
+    index = load_index(root, "v1.0-mini")
+    plain = next(_build(GPTDriverConfig, root).conversations("train"))
+    data = GPTDriverConfig(str(root), image_size=(16, 9), thoughts=True).build(
+        None, Dialect("reasoning")
+    )
+    plan = next(data.conversations("train"))
+    said = [turn.text for turn in plan.turns if turn.role == "assistant"]
+    cached = _cached(index, None)["gt_ego_fut_trajs"][1:]
+    assert plan.sample_token == plain.sample_token
+    described = next(_build(NuCaptionConfig, root).conversations("train"))
+    assert said[0].startswith(described.reference)
+    assert said[1] == plan.meta["decision"]
+    last_step = data.frame(plan.sample_token).ego.last_step[0]
+    assert plan.meta["decision"] == decision_of(cached, last_step)
+    assert said[2] == plan.reference
+    asked = data.plan_request(plan.sample_token)
+    told = [turn.text for turn in asked.turns if turn.role == "user"]
+    assert told == [turn.text for turn in plan.turns if turn.role == "user"]
+    assert not any(turn.text for turn in asked.turns if turn.role == "assistant")
+
+
+def test_action_bins_are_those_of_the_train_split(root):
+    data = _build(GPTDriverConfig, root)
+    waypoints, mask = data.driven("train")
+    assert len(waypoints) == len(mask) == 13
+    bins = ActionBins.of(waypoints, 32)
+    with pytest.raises(UserError, match="no whole future to take action bins from"):
+        data.action_bins(32)  # the cache of this root knows four waypoints of each plan
+    data.driven = lambda split: (waypoints, mask | (split == "train"))
+    assert data.action_bins(32) == bins
+    data = GPTDriverConfig(root=str(root)).build(None, PlanDialect("odvla", values="tokens"))
+    with pytest.raises(UserError, match="needs action bins"):
+        next(data.conversations("train"))
+    data.use_bins(bins)
+    plan = next(data.conversations("train"))
+    assert plan.reference.count("<action_") == 12
+    assert plan.meta["form"] == "tokens"
 
 
 def test_object_captions_hold_the_box(root):

@@ -138,3 +138,36 @@ def test_experiments_of_the_users_own(tmp_path, monkeypatch):
 def test_equal_experiments_have_equal_hashes():
     assert config_hash(tiny()) == config_hash(tiny())
     assert isinstance(replace(tiny(), seed=1), ExperimentConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("stages.planning.actions=poses",), "must be one of .*offsets.*, not 'poses'"),
+        (("stages.planning.actions=tokens",), "set tokenizer.action_tokens=256"),
+        (("stages.planning.actions=regression",), "set model.planner.dim=64"),
+        (("data.planning.thoughts=true",), "'compact' lacks 'describe' .dialect.name=reasoning"),
+        (
+            (
+                "stages.planning.actions=regression",
+                "model.planner.dim=64",
+                "data.planning.thoughts=true",
+            ),
+            "regression does not write",
+        ),
+        (("tokenizer.action_tokens=1",), "is 0 or at least 2, not 1"),
+    ],
+)
+def test_a_form_of_plans_needs_its_parts(overrides, message):
+    with pytest.raises(UserError, match=message):
+        apply_overrides(tiny(), overrides)
+
+
+def test_the_form_of_plans_changes_nothing_before_planning():
+    base = tiny()
+    other = apply_overrides(base, ("stages.planning.actions=offsets",))
+    for stage in base.run:
+        assert (other.stage_hash(stage) == base.stage_hash(stage)) == (stage != "planning")
+        form = "offsets" if stage == "planning" else "changes"
+        assert other.dialect_of(stage).plan_form.values == form
+    assert other.dialect_of("planning").wording == base.dialect.wording

@@ -1,5 +1,6 @@
 """Other systems' ideas as experiments: each trains and plans, a few steps on a small town."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,18 +10,31 @@ from rich.console import Console
 from datamodules.lidar import read_sweep
 from datamodules.nuscenes import NuScenesDataConfig
 from experiments.pipeline import open_pipeline
-from experiments.styles import emma_style, lidar_llm_style, lift_splat
+from experiments.predict import predict
+from experiments.styles import (
+    drivevlm_style,
+    emma_style,
+    lidar_llm_style,
+    lift_splat,
+    openvla_style,
+    uniad_style,
+)
 from odvla.errors import UserError
 from odvla.language.causal_lm import LanguageConfig
 
+NEW_FORMS = (uniad_style, openvla_style, drivevlm_style)
+STYLES = (emma_style, lidar_llm_style, lift_splat, *NEW_FORMS)
 
-@pytest.mark.parametrize("experiment", [emma_style, lidar_llm_style, lift_splat])
-def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
+
+def smaller(experiment, town_root):
+    """An experiment of a few steps: its first stage and planning."""
     base = experiment()
     small = LanguageConfig(hidden=32, layers=1, heads=2, kv_heads=1, intermediate=64)
-    run = (base.run[0], "planning")
+    # Of those whose plans are of another form, planning alone: it need not start from anything.
+    run = ("planning",) if experiment in NEW_FORMS else (base.run[0], "planning")
     stages = {name: replace(base.stages.of(name), steps=2, checkpoint_every=2) for name in run}
-    config = replace(
+    stages["planning"] = replace(stages["planning"], max_thought_tokens=8)
+    return replace(
         base,
         town=None,
         run=run,
@@ -35,12 +49,37 @@ def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
         ),
         stages=replace(base.stages, **stages),
     )
+
+
+@pytest.mark.parametrize("experiment", STYLES)
+def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
+    config = smaller(experiment, town_root)
     pipeline = open_pipeline(config, tmp_path, progress=False)
     pipeline.fit()
     pipeline.report(Console(quiet=True))
-    assert pipeline.finished() == list(run)
+    assert pipeline.finished() == list(config.run)
     text = (tmp_path / config.name / "table.md").read_text()
     assert "OpenDriveVLA, vision zeroed" in text
+    if experiment is openvla_style:
+        weights_bring_their_bins(config, tmp_path / config.name)
+
+
+def weights_bring_their_bins(config, run):
+    """What is predicted anew reads as the test's record does; another form is refused."""
+    record = json.loads((run / "planning" / "predictions.jsonl").read_text().splitlines()[0])
+    said = predict(config, run, record["sample_token"])
+    assert said.text == record["text"]
+    assert said.text.count("<action_") == said.cost.tokens == 12
+    torch.testing.assert_close(
+        torch.tensor(said.waypoints), torch.tensor(record["waypoints"]), atol=1e-4, rtol=0
+    )
+    card = json.loads((run / "planning" / "card.json").read_text())
+    assert card["dialect"]["plan"]["form"] == "tokens"
+    assert 0 < card["metrics"]["test/quantisation_m"] < 1
+    text = replace(config.stages.planning, actions="points")
+    other = replace(config, stages=replace(config.stages, planning=text))
+    with pytest.raises(UserError, match=r"learned to write plans as action tokens, and .* points"):
+        predict(other, run, record["sample_token"])
 
 
 def test_sweeps_come_with_the_frames_where_an_encoder_asks(town_root):

@@ -14,7 +14,7 @@ from odvla.language.waypoints import PlanForm, format_waypoints
 
 TOKENIZER = fake_tokenizer(vocab_size=500)
 HISTORY = np.array([[0.0, -9.0], [0.0, -6.0], [0.0, -3.0]])
-FORMS = [PlanForm(), PlanForm(signed_zero=True), PlanForm("steps", 2), PlanForm("changes", 1)]
+FORMS = [PlanForm(), PlanForm(signed_zero=True), PlanForm("offsets", 2), PlanForm("changes", 1)]
 GRAMMARS = {
     form: plan_grammar(TOKENIZER, decimals=form.decimals, signed_zero=form.signed_zero)
     for form in FORMS

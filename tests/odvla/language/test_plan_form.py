@@ -19,7 +19,7 @@ from odvla.language.waypoints import (
     parse_waypoints,
 )
 
-FORMS = [PlanForm(values, n) for values in ("points", "steps", "changes") for n in (1, 2)]
+FORMS = [PlanForm(values, n) for values in ("points", "offsets", "changes") for n in (1, 2)]
 POSITIONS = arrays(np.float64, (6, 2), elements=st.floats(-40, 40))
 STEP = arrays(np.float64, (2,), elements=st.floats(-9, 9))
 
@@ -54,7 +54,7 @@ def test_the_median_plan_is_the_median_of_each_coordinate():
 
 def test_driving_on_is_a_repeated_step_and_no_change():
     plan = np.stack([np.zeros(6), 2.5 * np.arange(1, 7)], -1)
-    assert format_waypoints(plan, PlanForm("steps")).count("(0.00,2.50)") == 6
+    assert format_waypoints(plan, PlanForm("offsets")).count("(0.00,2.50)") == 6
     assert format_waypoints(plan, PlanForm("changes", 1), (0.0, 2.5)).count("(0.0,0.0)") == 6
 
 

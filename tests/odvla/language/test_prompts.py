@@ -10,9 +10,12 @@ import yaml
 
 from odvla.errors import UserError
 from odvla.language import dialect_file
-from odvla.language.dialect_file import ASKED_LIKE, KINDS, shipped_dialects, write_dialect
-from odvla.language.prompts import Dialect
+from odvla.language.dialect_file import ASKED_LIKE, shipped_dialects, write_dialect
+from odvla.language.dialect_file import KINDS as ALL_KINDS
+from odvla.language.prompts import THINKING, Dialect, PlanDialect
 from odvla.types import EgoState
+
+KINDS = tuple(kind for kind in ALL_KINDS if kind not in THINKING)
 
 UNITS = {"velocity": "m/s", "heading_speed": "m/s", "acceleration": "m/s^2"}
 TRAINING = {"labels": "answer_only", "doubled_system_head": False, "default_system": ""}
@@ -74,7 +77,7 @@ def test_the_compact_dialect_tells_everything_a_plan_needs():
     assert user.text.endswith("<EGO>v(0.50,3.25)\ngoal turn left\nplan<trajectory>")
 
 
-@pytest.mark.parametrize("name", ["odvla", "compact"])
+@pytest.mark.parametrize("name", ["odvla", "compact", "reasoning"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_shows_its_question_and_object_and_never_its_answer(name, kind):
     turns = Dialect(name).turns(kind, "the answer", ego_state(), "Is it raining?")
@@ -101,6 +104,36 @@ def test_drivelm_is_asked_like_captions_until_a_dialect_words_it(tmp_path):
     write_dialect(content, tmp_path / "mute.yaml")
     with pytest.raises(UserError, match="no request of kind 'drivelm'"):
         Dialect(str(tmp_path / "mute.yaml")).request("drivelm", ego_state(), "Safe?")
+
+
+def test_a_plan_that_is_thought_over_is_three_requests_and_their_answers():
+    dialect = Dialect("reasoning")
+    whole = dialect.thinking_turns(("A road.", "stop, go straight.", "the plan"), ego_state())
+    assert [turn.role for turn in whole] == ["user", "assistant"] * 3
+    first, second, third = (turn.text for turn in whole[::2])
+    assert "<SCENE>" in first
+    assert "v(0.50,3.25)" in first
+    assert first.endswith("describe")
+    assert "<SCENE>" not in second + third
+    for known in range(3):
+        turns = dialect.thinking_turns(("A road.", "stop, go straight.")[:known], ego_state())
+        assert turns == whole[: 2 * known + 1]  # the request for what is not known, no answer
+    silent = Dialect("reasoning", without=("ego",)).thinking_turns((), ego_state())
+    assert "v(" not in silent[0].text
+    with pytest.raises(UserError, match="'compact' has no request of kind 'describe'"):
+        Dialect("compact").thinking_turns((), ego_state())
+
+
+def test_another_form_of_plans_leaves_prompts_alone_and_is_refused_in_its_place():
+    own, offsets = Dialect("compact"), PlanDialect("compact", values="offsets")
+    assert own.request("plan", ego_state()) == offsets.request("plan", ego_state())
+    assert offsets.plan_form.decimals == own.plan_form.decimals
+    assert offsets.plan_answer([[0, k] for k in range(1, 7)], (0, 0)).count("(0.0,1.0)") == 6
+    offsets.check_same(offsets.identity(), "it")
+    with pytest.raises(UserError, match="it has learned to write plans as offsets of 1 decimals"):
+        own.check_same(offsets.identity(), "it")
+    older = {k: v for k, v in own.identity().items() if k != "plan"}
+    offsets.check_same(older, "it")  # cards from before told nothing about it
 
 
 def test_an_ablation_leaves_its_part_out_and_nothing_else():
@@ -137,7 +170,9 @@ def test_object_captions_tell_the_place():
         ({"answers": {"caption_object": "{caption}"}}, "must tell caption, x and y"),
         ({"plan": {"values": "points"}}, "plan must tell values .str., decimals"),
         ({"plan": {"values": "curves", "decimals": 2}}, "not 'curves'"),
-        ({"plan": {"values": "steps", "decimals": 3}}, "1 or 2 decimals, not 3"),
+        ({"plan": {"values": "offsets", "decimals": 3}}, "1 or 2 decimals, not 3"),
+        ({"plan": {"values": "leaps", "decimals": 1}}, "offsets, changes, tokens, not 'leaps'"),
+        ({"plan": {"values": "tokens", "decimals": 1}}, "chosen by stages.planning.actions=tokens"),
     ],
 )
 def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
