@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +59,19 @@ class JoinReport:
         if self.kept is not None:
             said += f"; sampling {self.sampling} keeps {self.kept} conversations"
         return said
+
+    @property
+    def brief(self) -> str:
+        """What a run's log says: no examples, and of the path only its end."""
+        joined = f"{self.joined} of {self.records} records joined ({self.split})"
+        left = (f"{left.count} left out: {left.reason}" for left in self.left_out)
+        return "; ".join((f"{'/'.join(self.file.parts[-2:])}: {joined}", *left))
+
+
+@cache
+def _say_once(brief: str) -> None:
+    """Log what several stages would find out anew."""
+    log.info("%s", brief)
 
 
 class Join:
@@ -146,7 +159,9 @@ class Join:
             self.left.setdefault(reason, [0, example])[0] += count
 
     def report(self) -> JoinReport:
-        """What became of the records so far; it is logged, too.
+        """What became of the records so far.
+
+        It is logged, too, once a process, where more is left out than what belongs elsewhere.
 
         Raises:
             UserError: no record goes with a key-frame of the split: the file is of other data.
@@ -160,7 +175,8 @@ class Join:
                 f"{self.file}: none of its {self.records} records belongs to a sample of {whose} "
                 f"({why})"
             )
-        log.info("%s", report)
+        if set(self.left) - {ELSEWHERE, *self.reasons}:
+            _say_once(report.brief)
         return report
 
     @cached_property

@@ -5,6 +5,7 @@ and scene-0916 evaluate (8 and 5). In v1.0-trainval scene-0553 evaluates, too.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,25 @@ def test_one_file_for_all_splits_leaks_nothing(index, circles, tmp_path):
     assert whole.report().joined == len(index.frames)
     for frame in index.frames:
         assert whole.scene(frame.number) == index.scenes[frame.scene]
+
+
+def test_a_run_says_once_what_is_left_out_beyond_splits(index, caplog):
+    """Stages join the same files again; and what belongs elsewhere is no news."""
+    frame = index.frames[index.scenes_of("train")[0].first].token
+
+    def joined(name):
+        join = Join(Path(name), index, "train", index.scenes_of("train"))
+        join.frame(frame, "record 0")
+        join.frame("nowhere", "record 1")
+        return join
+
+    with caplog.at_level("INFO", logger="datamodules.joining"):
+        joined("a/quiet.json").report()
+        assert not caplog.records
+        for _ in range(2):
+            join = joined("a/told.json")
+            join.leave_out("its object is no target", "record 0")
+            report = join.report()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a/told.json: 0 of 2 records joined (train)")
+    assert "e.g. record 0" in str(report)
