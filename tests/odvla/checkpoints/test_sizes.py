@@ -17,7 +17,7 @@ from odvla.weight_names import OPENDRIVEVLA, UNIAD, to_odvla
 class Vocabulary:
     """Stands for a tokenizer as large as the released embedding."""
 
-    added_ids = ()
+    added_ids = action_ids = ()
 
     def __len__(self):
         return 151_936
