@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from datamodules.drivelm import TOPICS, key_frames
 from datamodules.language_files import read_json
 from experiments.report import Report, ResultTable
-from experiments.submissions import Submission, named
+from experiments.submissions import Submission, answer_counts, named
 from odvla.errors import UserError
 from odvla.metrics.drivelm import LANGUAGE, DriveLMAnswer, DriveLMScores, score_drivelm
 
@@ -117,17 +117,16 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
     scores = score_drivelm(answered.values())
     missing = [one.name for one in asked if one.answer is None]
     counts = {
-        "in_file": len(submission.records),
-        "references": len(known),
-        "used": len(answers) - len(extra),
+        **answer_counts(
+            len(submission.records),
+            len(known),
+            len(answers) - len(extra),
+            missing=missing,
+            extra=extra,
+            doubled=doubled,
+        ),
         "key_frames": len(frames),
         "n_key_frames_unanswered": len(frames) - len(answered),
-        "n_missing": len(missing),
-        "n_extra": len(extra),
-        "n_doubled": len(doubled),
-        "missing": missing,
-        "extra": extra,
-        "doubled": doubled,
     }
     said = [
         f"{len(names)} {sentence}: {named(names)}"

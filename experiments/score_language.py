@@ -23,7 +23,7 @@ from experiments.report import Report, ResultTable
 from experiments.score_drivelm import is_drivelm, score_answers_of_drivelm, scored_by_itself
 from experiments.score_omnidrive import KIND as PLAN_KIND
 from experiments.score_omnidrive import TEXT_KIND, score_omnidrive_plans, with_references
-from experiments.submissions import Submission, named
+from experiments.submissions import Submission, answer_counts, named
 from odvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -192,17 +192,14 @@ def join(
             f"e.g. that of sample {extra[0]}"
         )
     missing = [key[0] for key in truth if key not in answers]
-    counts = {
-        "in_file": len(submission.records),
-        "references": len(truth),
-        "used": len(records),
-        "n_missing": len(missing),
-        "n_extra": len(extra),
-        "n_doubled": len(doubled),
-        "missing": missing,
-        "extra": extra,
-        "doubled": doubled,
-    }
+    counts = answer_counts(
+        len(submission.records),
+        len(truth),
+        len(records),
+        missing=missing,
+        extra=extra,
+        doubled=doubled,
+    )
     return records, counts
 
 

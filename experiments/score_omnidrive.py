@@ -19,7 +19,7 @@ from experiments.plan_submission import plan_set
 from experiments.planning_scores import planning_tables, score_planners
 from experiments.planning_truth import PlanningTruth
 from experiments.report import ResultTable
-from experiments.submissions import Submission
+from experiments.submissions import Submission, answer_counts
 from odvla.errors import UserError
 from odvla.language.omnidrive_plan import parse_rear_axle_plan
 from odvla.language.waypoints import ParseFailure
@@ -151,15 +151,7 @@ def with_references(
             f"e.g. that of sample {extra[0]}"
         )
     missing = [token for token, question in truth if (token, question) not in found]
-    counts = {
-        "in_file": len(records),
-        "references": len(truth),
-        "used": len(found),
-        "n_missing": len(missing),
-        "n_extra": len(extra),
-        "n_doubled": len(doubled),
-        "missing": missing,
-        "extra": extra,
-        "doubled": doubled,
-    }
+    counts = answer_counts(
+        len(records), len(truth), len(found), missing=missing, extra=extra, doubled=doubled
+    )
     return list(found.values()), counts

@@ -116,6 +116,38 @@ def coverage(submission: Submission, wanted: Sequence[str]) -> tuple[dict[str, A
     return counts, said
 
 
+def answer_counts(
+    in_file: int,
+    references: int,
+    used: int,
+    *,
+    missing: Sequence[str],
+    extra: Sequence[str],
+    doubled: Sequence[str],
+) -> dict[str, Any]:
+    """For results.json: which questions a file of answers covers.
+
+    Args:
+        in_file: records of the file.
+        references: questions with a known answer.
+        used: answers that are scored.
+        missing: questions without an answer.
+        extra: answers without a question.
+        doubled: answers to a question that was answered before.
+    """
+    return {
+        "in_file": in_file,
+        "references": references,
+        "used": used,
+        "n_missing": len(missing),
+        "n_extra": len(extra),
+        "n_doubled": len(doubled),
+        "missing": list(missing),
+        "extra": list(extra),
+        "doubled": list(doubled),
+    }
+
+
 def named(tokens: Iterable[str]) -> str:
     """Some tokens for a sentence: the first few, and how many more there are."""
     found = list(tokens)
