@@ -238,9 +238,15 @@ class GPTDriverDataModule(LanguageDataModule):
             descriptions,
         )
 
+    def plans(self, split: str) -> Plans:
+        """The plans of a split; its cache is read once."""
+        source = self.source(split)
+        assert isinstance(source, Plans)
+        return source
+
     def driven(self, split: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Waypoints [N, 6, 2] of a split's key-frames, and which are known [N, 6]."""
-        records = self.make_source(split).records
+        records = self.plans(split).records
         found = [records[n][0] for n in self.frame_numbers(split) if n in records]
         shape = (len(found), WAYPOINTS)
         return (
@@ -262,11 +268,13 @@ class GPTDriverDataModule(LanguageDataModule):
         if not isinstance(self.dialect, PlanDialect):
             raise ValueError("only plans of action tokens have bins")
         self.dialect = replace(self.dialect, bins=bins)
-        self._sources.clear()
+        self._sources = {
+            split: replace(self.plans(split), dialect=self.dialect) for split in self._sources
+        }
 
     def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
         """Sample token and cached ego state of every key-frame of a split."""
-        source = self.make_source(split)
+        source = self.plans(split)
         for scene in self.scenes(split):
             for number in range(scene.first, scene.last):
                 if number in source.records:
