@@ -15,10 +15,8 @@ batch when no track is near the object, and counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from odvla.language.draft import Drafting, MotionDraft
 from odvla.language.generation import Decoded
 from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
+from odvla.language.talk_rows import seeds_of, shared_text, talk_rows
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import PlanForm
 from odvla.losses.clip import Lesson
@@ -355,11 +354,11 @@ class DrivingVLA(nn.Module):
                 self.tokenizer.end_id,
                 max_new_tokens=max_new_tokens,
                 grammar=grammar,
-                seeds=_seeds(talk, kept, samples),
+                seeds=seeds_of(talk, kept, samples),
                 temperature=temperature,
                 drafts=drafts,
                 drafting=drafting,
-                prefix=_shared_text(prompt, kept),
+                prefix=shared_text(prompt, kept),
             )
             for row, ids in zip(kept.tolist(), found.ids, strict=True):
                 answers[row].append(ids)
@@ -431,7 +430,7 @@ class DrivingVLA(nn.Module):
         pad_left: bool = False,
     ) -> Spliced:
         """Embed the conversations `rows` of a talk, slots filled."""
-        talk = _rows_of(talk, rows)
+        talk = talk_rows(talk, rows)
         # In one layout, so that tokens that were kept give the same bits as fresh ones.
         streams = {
             stream: (
@@ -480,33 +479,3 @@ def _unseen(frames: Frames) -> Frames:
 
 def _guesses(drafting: Drafting | None) -> bool:
     return drafting is not None and drafting.guess != "none"
-
-
-def _shared_text(talk: Talk, rows: Tensor) -> list[int]:
-    """Ids that the conversations `rows` all begin with, up to the first slot."""
-    ids = talk.input_ids[rows]
-    same = (ids == ids[:1]).all(0) & talk.mask[rows].all(0) & (ids[0] >= 0)
-    return ids[0, : int(same.long().cumprod(0).sum())].tolist()
-
-
-def _seeds(talk: Talk, rows: Tensor, samples: int) -> list[int]:
-    """A seed for each of the conversations `rows`, each of which comes `samples` times in a row."""
-    if samples == 1:
-        return []
-    names = [talk.conversations[row].id for row in rows.tolist()]
-    return [crc32(f"{name}/{place % samples}".encode()) for place, name in enumerate(names)]
-
-
-def _rows_of(talk: Talk, rows: Tensor) -> Talk:
-    """Some conversations of a talk."""
-    numbers: Sequence[int] = rows.tolist()
-    return Talk(
-        input_ids=talk.input_ids[rows],
-        labels=talk.labels[rows],
-        mask=talk.mask[rows],
-        prompt_length=talk.prompt_length[rows],
-        frame_index=talk.frame_index[rows],
-        object_boxes=talk.object_boxes[rows],
-        conversations=tuple(talk.conversations[number] for number in numbers),
-        object_tracks=None if talk.object_tracks is None else talk.object_tracks[rows],
-    )
