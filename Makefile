@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXPERIMENT ?= tiny
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Two numerical threads a process is right for a laptop; set OMP_NUM_THREADS yourself on larger machines.
 export ODVLA_DATA ?= data
 export ODVLA_RUNS ?= runs
@@ -12,7 +13,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python lightning_app.py fit $(EXPERIMENT)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,16 +1,17 @@
 """Seconds and peak memory of every backend of the deformable ops, as ratios in one run.
 
-    python benchmarks/ops.py [--small] [--threads N] [--device cpu|cuda]
+    python benchmarks/ops.py [--small] [--threads N] [--device cpu|cuda] [--backends mmcv ...]
 
 The sizes are those of the full-size tower: temporal attention (TSA), spatial attention for the
 cells that one camera sees (SCA), the track decoder's attention, and the deformable convolutions of
 the third and fourth stage of ResNet-101 for one camera. --small shrinks them all, to see that
 everything runs.
 
-How it is measured: every case runs in a process of its own. Seconds are the best of several calls;
-on a CPU with one thread they are processor seconds, so that other work on the machine counts less.
-Memory on a CPU is how far the first call lifts the process's peak (ru_maxrss, reset before it)
-above what was held; on a GPU it is max_memory_allocated above what was held.
+How it is measured: on a CPU every case runs in a process of its own, on a GPU one after the other.
+Seconds are the best of several calls; on a CPU with one thread they are processor seconds, so that
+other work on the machine counts less. Memory on a CPU is how far the first call lifts the process's
+peak (ru_maxrss, reset before it) above what was held; on a GPU it is max_memory_allocated above
+what was held.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from odvla.ops.backends import COMPILED, available_backends, use_backend
+from odvla.ops.backends import COMPILED, NAMES, available_backends, use_backend
 from odvla.ops.deformable_attention import deformable_attention
 from odvla.ops.deformable_conv import modulated_deform_conv
 
 LEVELS = ((116, 200), (58, 100), (29, 50), (15, 25))
 HEADS, DIM = 8, 256
-REPEATS = 3
+REPEATS = {"cpu": 3, "cuda": 20}
 BASE = "grid_sample"  # the reference's pure path, in this table
 SHRUNK = 8  # --small: so many times fewer queries, and rows and columns of maps
 
@@ -117,7 +118,7 @@ def measure(case: str, backend: str, backward: bool, shrink: int, device: str) -
     one_thread = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if one_thread else time.perf_counter
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(REPEATS[device]):
         start = clock()
         call()
         seconds.append(clock() - start)
@@ -152,15 +153,15 @@ def table_of(found: dict[tuple[str, bool, str], dict[str, float]], title: str) -
     table = Table(title=title)
     table.add_column("operation")
     table.add_column("pass")
-    for column in (f"{BASE} s", f"{BASE} MB"):
+    for column in (f"{BASE} ms", f"{BASE} MB"):
         table.add_column(column, justify="right")
     for name in names:
         if name != BASE:
-            table.add_column(f"{name} s", justify="right")
+            table.add_column(f"{name} ms", justify="right")
             table.add_column(f"{name} MB", justify="right")
     for case, backward in dict.fromkeys((case, backward) for case, backward, _ in found):
         base = found[case, backward, BASE]
-        cells = [f"{base['seconds']:.3f}", f"{base['megabytes']:.0f}"]
+        cells = [f"{1e3 * base['seconds']:.2f}", f"{base['megabytes']:.0f}"]
         for name in names:
             if name != BASE:
                 other = found[case, backward, name]
@@ -170,7 +171,7 @@ def table_of(found: dict[tuple[str, bool, str], dict[str, float]], title: str) -
                     known = quantity == "seconds" or reference >= 1
                     ratio = f" ({value / reference:.2f} x)" if known else ""
                     cells.append(
-                        (f"{value:.3f}" if quantity == "seconds" else f"{value:.0f}") + ratio
+                        (f"{1e3 * value:.2f}" if quantity == "seconds" else f"{value:.0f}") + ratio
                     )
         label = "forward + backward" if backward else "forward"
         table.add_row(case, label, *cells, end_section=backward)
@@ -183,6 +184,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="an eighth of every size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--backends", nargs="+", choices=NAMES[1:], help=f"beside {BASE} (default: all there are)"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -190,7 +194,10 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(**json.loads(options.one))) + "\n")
         return
     backends = [
-        name for name in available_backends() if name not in COMPILED or options.device == "cuda"
+        name
+        for name in available_backends()
+        if (name not in COMPILED or options.device == "cuda")
+        and (not options.backends or name in (BASE, *options.backends))
     ]
     backends.sort(key=lambda name: name != BASE)
     wanted = list(itertools.product(CASES, (False, True), backends))
@@ -203,7 +210,10 @@ def main() -> None:
             "shrink": SHRUNK if options.small else 1,
             "device": options.device,
         }
-        found[case, backward, backend] = in_a_process_of_its_own(arguments, options.threads)
+        if options.device == "cpu":
+            found[case, backward, backend] = in_a_process_of_its_own(arguments, options.threads)
+        else:
+            found[case, backward, backend] = measure(**arguments)
     clock = "processor" if options.device == "cpu" and options.threads == 1 else "wall"
     place = f"{options.device}, {options.threads} threads, {clock} seconds"
     sizes = "an eighth of the sizes" if options.small else "full sizes"

@@ -23,8 +23,8 @@ from odvla.fake_batch import fake_tokenizer
 from odvla.freezing import FreezePlan
 from odvla.vla import DrivingVLA
 
-PROBE_WIDTH = 160  # images of a probe are at most so wide: those of `tiny` as they are
-SMALLER = 2  # the second probe's images are so much narrower
+SMALLER = 2  # the second probe's images are so much narrower and lower
+PROBE_PIXELS = 32  # the second probe's shorter side at least: what encoders take (coarsest stride)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def _freeze(model: nn.Module, plan: FreezePlan) -> None:
 
 def vision_bytes(config: ExperimentConfig, stage: str, rows: int, steps: int) -> int:
     """What the vision half keeps of `steps` frames of `rows` scenes; 0 where it does not train."""
-    width = config.data.image_size[0]
-    factor = 1 if width <= PROBE_WIDTH else 16 * -(-width // 1600)
+    factor = max(1, min(config.data.image_size) // (PROBE_PIXELS * SMALLER))
     first = _probe(config, stage, factor)
     if first == 0 or factor == 1:
         return first * rows * steps

@@ -60,7 +60,8 @@ def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: Chat
     """A stage on a batch of noise of the experiment's sizes."""
     settings, data = config.stages.of(stage), getattr(config.data, stage)
     settings.freeze.apply(vla)
-    module = settings.build(vla, 100, config.seed)
+    # The model may lie on a GPU already; what the stage adds (its losses' constants) does not.
+    module = settings.build(vla, 100, config.seed).to(next(vla.parameters()).device)
     kinds = SAMPLE_KINDS.get(stage, ())
     count = max(1, getattr(data, "conversations_per_frame", 1))
     chosen = tuple(kinds[n % len(kinds)] for n in range(count)) if kinds else ()

@@ -125,3 +125,5 @@ def quiet_libraries(*, json: bool = False) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    # The oldest transformers that we take may know the old name only.
+    warnings.filterwarnings("ignore", message=".gradient_checkpointing_enable. is deprecated")

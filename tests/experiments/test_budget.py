@@ -1,9 +1,12 @@
 """Budgets: memory as a real step takes it, parameters as they are, and bad input named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from experiments.activations import vision_bytes
 from experiments.budget import budgets, memory_of
 from experiments.cli import main
 from experiments.find import find_experiment
@@ -37,6 +40,23 @@ def test_a_step_takes_the_memory_that_was_predicted():
         vla, tokenizer = random_model(config)
         measured = allocated(trial(config, budget.stage, vla, tokenizer), vla)
         assert budget.memory.peak == pytest.approx(measured, rel=0.2), budget.stage
+
+
+def test_images_of_full_size_are_probed_small_and_what_they_keep_grows_with_their_area():
+    # Images smaller than the coarsest features' stride are none that the tower takes.
+    small = find_experiment("uniad_town_smoke")
+    kept = {}
+    for factor in (1, 2):
+        size = (1600 // factor, 900 // factor)
+        rows = 200 // factor
+        encoder = replace(small.model.encoder, rows=rows, columns=rows)
+        config = replace(
+            small,
+            model=replace(small.model, encoder=encoder),
+            data=replace(small.data, image_size=size),
+        )
+        kept[factor] = vision_bytes(config, "perception", rows=1, steps=1)
+    assert 3 < kept[1] / kept[2] < 5
 
 
 def test_strategies_share_what_they_say():

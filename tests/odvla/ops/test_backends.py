@@ -170,12 +170,16 @@ def test_an_adapter_hands_over_what_the_library_documents(monkeypatch, name):
 def test_on_a_gpu_the_compiled_backend_that_is_there_is_taken(monkeypatch):
     # "meta" stands for any device that is not the CPU.
     elsewhere = torch.zeros(1, device="meta")
+    installed = backends._is_installed
+    monkeypatch.setattr(backends, "_is_installed", lambda name: False)
     assert backends.backend_for(elsewhere, numbers=1 << 20) is grid_sampling
     backends._fastest_compiled.cache_clear()
     stand_in(monkeypatch, "deformops")
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name == "deformops")
     assert isinstance(backends.backend_for(elsewhere, numbers=5), compiled.DeformopsOps)
     backends._fastest_compiled.cache_clear()
     stand_in(monkeypatch, "mmcv")
+    monkeypatch.setattr(backends, "_is_installed", installed)
     assert isinstance(backends.backend_for(elsewhere, numbers=5), compiled.MMCVOps)
     assert backends.describe_backend(torch.device("cpu")).endswith("(auto, cpu)")
 
