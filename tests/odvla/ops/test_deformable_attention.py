@@ -87,7 +87,12 @@ def test_gradients_equal_grid_samples(backend, device, monkeypatch, sizes) -> No
     values, locations, weights = inputs(sizes=sizes, queries=40)
     for level, (height, width) in enumerate(sizes):
         size = torch.tensor([width, height])
-        centres = ((locations[:, 20:, :, level] * size).floor() + 0.5) / size
+        pixels = (locations[:, 20:, :, level] * size).floor()
+        if backend == "mmcv":
+            # Its kernel takes a place exactly one pixel before the map for outside: no gradient
+            # there, where torch gives that of the side towards the map.
+            pixels = pixels.clamp(min=0)
+        centres = (pixels + 0.5) / size
         locations[:, 20:, :, level] = centres
     tensors = [tensor.to(device) for tensor in (*values, locations, weights)]
     count = len(values)
