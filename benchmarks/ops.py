@@ -1,6 +1,6 @@
 """Seconds and peak memory of every backend of the deformable ops, as ratios in one run.
 
-    python benchmarks/ops.py [--small] [--threads N] [--device cpu|cuda] [--backends mmcv ...]
+    python benchmarks/ops.py [--small] [--threads N] [--device cpu|cuda] [--backends NAME ...]
 
 The sizes are those of the full-size tower: temporal attention (TSA), spatial attention for the
 cells that one camera sees (SCA), the track decoder's attention, and the deformable convolutions of

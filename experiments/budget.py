@@ -115,7 +115,7 @@ def _budget(
     muon = settings.optimiser.muon > 0
     stored = sum(t.numel() * t.element_size() for t in _tensors(vla))
     samples = _samples(config, stage)
-    devices = config.trainer.devices
+    devices = config.trainer.processes
     batch = (load.rows if load else rows) * devices * settings.accumulate
     return StageBudget(
         stage=stage,

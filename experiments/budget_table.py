@@ -27,7 +27,7 @@ def print_budgets(
         console: where to.
     """
     trainer = config.trainer
-    sharing = f"{trainer.devices} x {trainer.sharing}" if trainer.devices > 1 else "one device"
+    sharing = f"{trainer.processes} x {trainer.sharing}" if trainer.processes > 1 else "one device"
     console.print(f"{config.name}: {sharing}, {trainer.precision}", highlight=False)
     console.print(_parameters(found))
     console.print(_memory(config, found))

@@ -4,7 +4,7 @@
     <runs>/<experiment>/<stage>/       see stage_run.py and handoff.py
     <runs>/<experiment>/table.md, results.json, pictures/
 
-With several processes (trainer.devices > 1) every one of them runs this code; the first writes.
+With several processes (trainer.devices x trainer.nodes) every one of them runs this code; the first writes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from experiments.handoff import (
     read_card,
 )
 from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
+from experiments.processes import first_process_first, join_processes
 from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
 from experiments.stage_run import CONFIG, StageRun, Workshop, is_first_process
@@ -189,14 +190,16 @@ def open_pipeline(
         if config.init.weights:
             kept = f"fill none of {', '.join(card.parts)}" if card.parts else "are not loaded"
             log.info("init.weights %s: stage %s starts from %s", kept, stages[0], parent)
+    join_processes(config.trainer)
     folder, main = runs / config.name, is_first_process()
-    config = prepare_data(config, progress=progress and main)
-    fingerprint = fingerprint_of(config)
-    lock = _lock(folder) if main else None
-    if parent is not None:
-        tokenizer = ChatTokenizer.load(parent / TOKENIZER)
-    else:
-        tokenizer = kept_tokenizer(config, folder / TOKENIZER, fingerprint, write=main)
+    with first_process_first():
+        config = prepare_data(config, progress=progress and main)
+        fingerprint = fingerprint_of(config)
+        lock = _lock(folder) if main else None
+        if parent is not None:
+            tokenizer = ChatTokenizer.load(parent / TOKENIZER)
+        else:
+            tokenizer = kept_tokenizer(config, folder / TOKENIZER, fingerprint, write=main)
     vla = build_model(config, tokenizer)
     tracker = Tracker(folder, runs, config.name, active=main)
     shop = Workshop(config, folder, fingerprint, tokenizer, vla, tracker, progress and main)

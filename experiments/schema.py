@@ -169,7 +169,8 @@ class TrainerConfig:
     """How the work is done on a machine."""
 
     accelerator: str = "auto"  # cpu | gpu | auto
-    devices: int = 1
+    devices: int = 1  # of a machine
+    nodes: int = 1  # machines; more than one are started by torchrun or srun (docs/multi-node.md)
     # How several devices share the work, see strategies.py; auto: ddp.
     strategy: Strategy = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -182,14 +183,19 @@ class TrainerConfig:
         Raises:
             UserError: naming the setting and its value.
         """
-        for name in ("devices", "log_every"):
+        for name in ("devices", "nodes", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} must be at least 1, not {getattr(self, name)}")
 
     @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.devices * self.nodes
+
+    @property
     def sharing(self) -> Strategy:
-        """The strategy, settled: one device shares with nobody, several do by ddp."""
-        if self.devices == 1:
+        """The strategy, settled: one process shares with nobody, several do by ddp."""
+        if self.processes == 1:
             return "auto"
         return "ddp" if self.strategy == "auto" else self.strategy
 
@@ -321,7 +327,7 @@ class ExperimentConfig:
             "data": getattr(self.data, stage),
             "common": common,
             "precision": self.trainer.precision,
-            "devices": self.trainer.devices,
+            "devices": self.trainer.processes,
         }
         return without(to_tree(settings), (*SPEED_SETTINGS, "root", "language_root"))
 

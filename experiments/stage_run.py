@@ -330,7 +330,7 @@ class StageRun:
     def _total_steps(self, data: NuScenesDataModule) -> int:
         data.setup("fit")
         batches = len(data.train_dataloader())
-        return self.settings.total_steps(math.ceil(batches / self.shop.config.trainer.devices))
+        return self.settings.total_steps(math.ceil(batches / self.shop.config.trainer.processes))
 
     def _module(self, vla: DrivingVLA, total_steps: int) -> StageModule:
         return self.settings.build(vla, total_steps, self.shop.config.seed)
@@ -357,6 +357,7 @@ class StageRun:
         return lightning.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
+            num_nodes=settings.nodes,
             strategy=strategy,
             precision=settings.precision,
             logger=logger,

@@ -32,7 +32,7 @@ def strategy_of(settings: TrainerConfig) -> Any:
         return DDPStrategy(find_unused_parameters=True)
     if name == "fsdp2":
         return ModelParallelStrategy(
-            data_parallel_size=settings.devices,
+            data_parallel_size=settings.processes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
         )
@@ -53,4 +53,4 @@ def is_sharded(settings: TrainerConfig) -> bool:
 
 def evaluation_strategy(settings: TrainerConfig) -> Any:
     """The strategy of an evaluation, where every process has a whole model."""
-    return DDPStrategy() if settings.devices > 1 else "auto"
+    return DDPStrategy() if settings.processes > 1 else "auto"

@@ -97,4 +97,4 @@ def measured_throughput(config: ExperimentConfig, stage: str) -> float:
     seconds = (time.perf_counter() - started) / STEPS
     talk = ready.batch.talk
     samples = len(ready.batch.valid) if talk is None else len(talk.conversations)
-    return samples / seconds * config.trainer.devices
+    return samples / seconds * config.trainer.processes

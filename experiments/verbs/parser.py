@@ -116,7 +116,7 @@ def quiet_libraries(*, json: bool = False) -> None:
         markup=False,
     )
     handler.setFormatter(logging.Formatter("%(message)s"))
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if first else logging.ERROR)
