@@ -4,7 +4,8 @@
     <runs>/<experiment>/<stage>/       see stage_run.py and handoff.py
     <runs>/<experiment>/table.md, results.json, pictures/
 
-With several processes (trainer.devices x trainer.nodes) every one of them runs this code; the first writes.
+With several processes (trainer.devices x trainer.nodes) every one of them runs this code; the first
+writes.
 """
 
 from __future__ import annotations
