@@ -256,16 +256,18 @@ def sample_records(
     hits: dict[str, dict[str, list[bool]]] = {}
     l2: dict[str, dict[str, list[float]]] = {}
     averages: dict[str, dict[str, float]] = {}
+    collisions: dict[str, dict[str, float]] = {}
     for name, scored in by_protocol.items():
         tokens = scored.samples.names
         hits[name] = dict(zip(tokens, scored.samples.hits.tolist(), strict=True))
         l2[scored.scores.card.driven] = dict(zip(tokens, scored.samples.l2_m.tolist(), strict=True))
-        average, _, counted = per_sample(scored.samples, scored.scores.card)
-        averages[name] = {
-            token: value
-            for token, value, counts in zip(tokens, average.tolist(), counted, strict=True)
-            if counts
-        }
+        average, collided, counted = per_sample(scored.samples, scored.scores.card)
+        for kept, values in ((averages, average), (collisions, collided)):
+            kept[name] = {
+                token: value
+                for token, value, counts in zip(tokens, values.tolist(), counted, strict=True)
+                if counts
+            }
     records = []
     for row, token in enumerate(truth.split.tokens):
         records.append(
@@ -279,6 +281,7 @@ def sample_records(
                 "recorded_steps": int(truth.split.mask[row].sum()),
                 "l2_m": {point: found[token] for point, found in l2.items() if token in found},
                 "l2_avg_m": {name: v[token] for name, v in averages.items() if token in v},
+                "collision_avg": {name: v[token] for name, v in collisions.items() if token in v},
                 "collision": {name: found[token] for name, found in hits.items() if token in found},
             }
         )

@@ -26,7 +26,15 @@ from odvla.metrics.intervals import Interval, PairedTest, bootstrap, paired_test
 from odvla.metrics.protocol import ProtocolCard, refuse_to_mix
 
 Record = dict[str, Any]
-AVERAGE_L2 = ("l2_average_m", "l2_avg_m")  # numbers that every sample has a part in
+# Numbers that every sample has a part in -> where a sample's record has its part, and the factor
+# that makes it the number's unit.
+AVERAGES = {
+    "l2_average_m": ("l2_avg_m", 1.0),
+    "l2_avg_m": ("l2_avg_m", 1.0),
+    "collision_average_percent": ("collision_avg", 100.0),
+    "box_collision_avg": ("collision_avg", 1.0),
+    "point_collision_avg": ("collision_avg", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -93,11 +101,15 @@ class SweepComparison:
         return next(number for value, number in found if value == best)
 
 
-def compare_sweep(folder: Path) -> SweepComparison:
+def compare_sweep(
+    folder: Path, metric: str = "", *, higher_is_better: bool = False
+) -> SweepComparison:
     """Read and compare the points of a sweep.
 
     Args:
         folder: of the sweep, with its sweep.json.
+        metric: dotted path of a number in the points' results.json; "": what the sweep declares.
+        higher_is_better: of that metric.
 
     Raises:
         UserError: there is no sweep, none of its points is finished, a result lacks the metric, or
@@ -106,7 +118,9 @@ def compare_sweep(folder: Path) -> SweepComparison:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds no sweep: there is no {MANIFEST} in it")
     manifest = read_manifest(folder / MANIFEST)
-    points = tuple(_read_point(folder, entry, manifest["metric"]) for entry in manifest["points"])
+    if not metric:
+        metric, higher_is_better = manifest["metric"], bool(manifest["higher_is_better"])
+    points = tuple(_read_point(folder, entry, metric) for entry in manifest["points"])
     finished = [point for point in points if point.value is not None]
     if not finished:
         failed = [point for point in points if point.error]
@@ -116,8 +130,8 @@ def compare_sweep(folder: Path) -> SweepComparison:
     axes = {name: list(values) for name, values in manifest["axes"].items()}
     return SweepComparison(
         manifest["name"],
-        manifest["metric"],
-        bool(manifest["higher_is_better"]),
+        metric,
+        higher_is_better,
         axes,
         points,
         _rows(points),
@@ -352,13 +366,14 @@ def _card(content: Record, metric: str, path: Path) -> ProtocolCard | None:
 def _samples(content: Record, metric: str) -> dict[str, tuple[str, float]]:
     """Each sample's part in the metric; {} where the metric is none that samples have a part in."""
     parts = metric.split(".")
-    if MODEL not in parts or len(parts) < 2 or parts[-1] not in AVERAGE_L2:
+    if MODEL not in parts or len(parts) < 2 or parts[-1] not in AVERAGES:
         return {}
+    name, factor = AVERAGES[parts[-1]]
     protocol = {own: name for name, own in OWN.items()}.get(parts[-2], parts[-2])
     return {
-        record["sample_token"]: (record["scene"], record["l2_avg_m"][protocol])
+        record["sample_token"]: (record["scene"], factor * record[name][protocol])
         for record in content.get("samples", ())
-        if record.get("l2_avg_m", {}).get(protocol) is not None
+        if record.get(name, {}).get(protocol) is not None
     }
 
 

@@ -28,6 +28,14 @@ def add(verbs: Verbs) -> None:
         "sweep", help="a name from `list`, package.module:function, or the sweep's folder"
     )
     verb.add_argument(
+        "--metric",
+        default="",
+        metavar="PATH",
+        help="another number of the points' results.json than the sweep's own, by its dotted path; "
+        "its files go to a folder of its name, and not to MLflow",
+    )
+    verb.add_argument("--higher-is-better", action="store_true", help="of --metric")
+    verb.add_argument(
         "--out", type=Path, metavar="DIR", help="where files go (default: the sweep's folder)"
     )
     add_places(verb)
@@ -42,15 +50,19 @@ def compare_points(options: argparse.Namespace) -> None:
         track_comparison,
         write_comparison,
     )
+    from odvla.errors import UserError
 
     quiet_libraries()
     folder = _folder(options.sweep, runs_of(options))
     console = wide_console()
-    found = compare_sweep(folder)
+    if options.higher_is_better and not options.metric:
+        raise UserError("--higher-is-better says something about --metric, which is not there")
+    found = compare_sweep(folder, options.metric, higher_is_better=options.higher_is_better)
     for table in tables_of(found):
         console.print(table.rich())
-    out = options.out or folder
-    run = track_comparison(folder, write_comparison(found, out))
+    out = options.out or folder / options.metric
+    files = write_comparison(found, out)
+    run = None if options.metric else track_comparison(folder, files)
     console.print(f"page: {out / PAGE}", markup=False, highlight=False, soft_wrap=True)
     if run:
         console.print(f"logged to MLflow run {run}", markup=False, highlight=False, soft_wrap=True)

@@ -84,6 +84,8 @@ def test_planning_table_holds_the_closed_forms():
     assert uniad["intervals_95"]["l2_avg_m"]["low"] == pytest.approx(0.5, abs=1e-5)
     assert [r["failure"] for r in result.samples] == [None] * 30
     assert result.samples[0]["l2_avg_m"]["uniad"] == pytest.approx(0.5, abs=1e-5)
+    collisions = [record["collision_avg"]["uniad"] for record in result.samples]
+    assert np.mean(collisions) == pytest.approx(uniad["box_collision_avg"])
     with pytest.raises(UserError, match="no plan_blind for sample val-0"):
         evaluate_planning(data, records[:1] + records[2:], EgoMLPConfig(hidden=16, epochs=2))
 

@@ -100,6 +100,26 @@ def sweep(tmp_path):
     return made
 
 
+def test_collisions_have_intervals_and_tests_too(tmp_path):
+    metric = "planning.planning.OpenDriveVLA.mean_up_to_t.collision_average_percent"
+    made = MadeUp(tmp_path / "runs" / "bumps", {"size": ["small", "large"]}, metric, seeds=(0,))
+    parts = {"small": sample_values(0.0), "large": [value + 0.25 for value in sample_values(0.0)]}
+    for label, values in parts.items():
+        content = results([1.0] * len(values))
+        own = content["planning"]["planning"]["OpenDriveVLA"]["mean_up_to_t"]
+        own["collision_average_percent"] = 100 * float(np.mean(values))
+        for record, value in zip(content["samples"], values, strict=True):
+            record["collision_avg"] = {"odvla_stp3": value}
+        made.point([label], 0, content)
+    small, large = compare_sweep(made.folder).rows
+    scenes = [row // PER_SCENE for row in range(SCENES * PER_SCENE)]
+    counted = np.ones(len(scenes), bool)
+    expected = bootstrap(100 * np.array(parts["small"]), counted, scenes)
+    assert small.mean == pytest.approx(15.0)
+    assert (small.interval.low, small.interval.high) == pytest.approx((expected.low, expected.high))
+    assert large.test.difference.value == pytest.approx(25.0)
+
+
 def test_means_intervals_and_paired_tests(sweep):
     found = compare_sweep(sweep.folder)
     small, large, broken = found.rows
@@ -190,6 +210,23 @@ def test_mistakes_are_one_sentence(tmp_path, sweep, capsys):
         compare_sweep(empty.folder)
     assert main(["compare", "no_such_sweep"]) == 2
     assert "there is no sweep 'no_such_sweep'" in capsys.readouterr().err
+
+
+def test_another_metric_is_compared_in_a_folder_of_its_own(sweep, capsys):
+    for number, place in enumerate(sorted((sweep.folder / "points").iterdir())):
+        path = place / "results.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps(content | {"language": {"accuracy": number / 10}}))
+    asked = ["compare", str(sweep.folder), "--metric", "language.accuracy", "--higher-is-better"]
+    assert main(asked) == 0
+    assert "language.accuracy, higher is better" in capsys.readouterr().out
+    written = json.loads((sweep.folder / "language.accuracy" / "compare.json").read_text())
+    assert written["best"] == ["broken"]
+    assert [row["mean"] for row in written["rows"]] == pytest.approx([0.05, 0.25, 0.4])
+    assert not (sweep.folder / "compare.json").exists()
+    assert main(["compare", str(sweep.folder), "--higher-is-better"]) == 2
+    assert "--metric, which is not there" in capsys.readouterr().err
 
 
 class Balance(HTMLParser):
