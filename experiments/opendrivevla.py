@@ -63,8 +63,8 @@ ONCE: dict[str, Any] = {"epochs": 1.0, "gradient_clip": 1.0, "remember_tokens": 
 def opendrivevla_0_5b() -> ExperimentConfig:
     """The paper's recipe with Qwen2.5-0.5B on nuScenes: 4 GPUs, about two days in the paper."""
     # UniAD freezes the first image stages and trains the others, which the released code then
-    # freezes, too; with `checkpoint` their activations are computed twice and fit.
-    encoder = BEVFormerConfig(backbone=ResNetConfig(checkpoint=True))
+    # freezes, too; with `checkpoint` activations are computed twice, and those of a clip fit.
+    encoder = BEVFormerConfig(backbone=ResNetConfig(checkpoint=True), checkpoint=True)
     return ExperimentConfig(
         name="opendrivevla_0_5b",
         model=VLAConfig(

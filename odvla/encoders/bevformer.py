@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from odvla.encoders.bev_motion import motion_of, turn_bev
 from odvla.encoders.protocol import EncoderState, fake_frames, require_images
@@ -55,6 +56,8 @@ class BEVFormerConfig:
     spatial_points: int = 8  # a head and image level, shared out among the heights
     temporal_points: int = 4
     dropout: float = 0.1
+    # Recompute what a layer keeps in the backward pass, as ResNetConfig.checkpoint does for blocks.
+    checkpoint: bool = False
     # "uniad": the shift moves the places in the current BEV, too, as it did when UniAD's weights
     # were trained; "none": only those in the previous one, as the paper has it.
     compat: Compat = "none"
@@ -391,8 +394,12 @@ class BEVFormer(nn.Module):
     ) -> Tensor:
         """Image features [B, N, C, h, w] and the past to the BEV [B, Q, C]."""
         bev, given = self.prepare(levels, frames, state)
+        recompute = self.config.checkpoint and torch.is_grad_enabled()
         for layer in self.layers:
-            bev = layer(bev, given)
+            if recompute:
+                bev = checkpoint(layer, bev, given, use_reentrant=False)
+            else:
+                bev = layer(bev, given)
         return bev
 
     def prepare(

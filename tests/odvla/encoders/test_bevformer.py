@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.activations import kept_for_backward
 from odvla.encoders import bevformer
 from odvla.encoders.bev_motion import can_bus_deltas, motion_of, turn_bev
 from odvla.encoders.bevformer import (
@@ -167,6 +168,23 @@ def test_checkpointing_changes_no_gradient():
         net(images)[-1].sum().backward()
     for (name, a), b in zip(plain.named_parameters(), lean.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_layers_that_are_recomputed_learn_the_same_and_keep_less():
+    gradients, kept = [], []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        encoder = replace(SMALL, checkpoint=checkpoint).build().train()  # dropout is repeated, too
+        state = encoder(drive(0), None)[1]
+        with kept_for_backward(encoder.parameters) as bytes_kept:
+            bev = encoder.encode_bev(encoder.image_levels(drive(1)), drive(1), state)
+            kept.append(bytes_kept())
+        bev.square().sum().backward()
+        gradients.append({name: p.grad for name, p in encoder.named_parameters()})
+    plain, lean = gradients
+    for name, gradient in plain.items():
+        torch.testing.assert_close(lean[name], gradient, msg=name)
+    assert kept[1] < kept[0]
 
 
 def test_images_of_any_size_are_padded_at_the_bottom_and_right():
