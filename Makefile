@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXPERIMENT ?= tiny
-JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# Processes of the tests; each makes its own towns, so that more than eight take long to begin.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$(( n < 8 ? n : 8 )))
 # Two numerical threads a process is right for a laptop; set OMP_NUM_THREADS yourself on larger machines.
 export ODVLA_DATA ?= data
 export ODVLA_RUNS ?= runs
