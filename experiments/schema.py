@@ -35,6 +35,7 @@ SPEED_SETTINGS = (
     "num_workers",
     "cache_images",
     "cache_limit_gb",
+    "checkpoint",
     "checkpoint_every",
     "val_every",
     "feature_cache",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from experiments.schema import STAGES, ExperimentConfig, without
+from experiments.schema import SPEED_SETTINGS, STAGES, ExperimentConfig, without
 from odvla.config import apply_overrides, config_hash, flat, to_tree
 from odvla.errors import UserError
 
@@ -29,7 +29,7 @@ from odvla.errors import UserError
 Change = tuple[str, ...] | Callable[[ExperimentConfig], ExperimentConfig]
 ID_LENGTH = 10  # hexadecimal digits of a hash that names a folder
 # Settings that decide how a point is computed and called, not what it is.
-_NOT_IDENTITY = ("name", "num_workers", "cache_images", "cache_limit_gb", "checkpoint_every")
+_NOT_IDENTITY = ("name", *SPEED_SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,15 @@ def test_a_stage_is_trained_again_only_for_what_concerns_it():
     assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
 
 
+def test_recomputing_activations_trains_nothing_again():
+    config = find_experiment("uniad_town")
+    leaner = apply_overrides(
+        config, ["model.encoder.checkpoint=true", "model.encoder.backbone.checkpoint=true"]
+    )
+    assert leaner.model.encoder.checkpoint
+    assert leaner.stage_hash("perception") == config.stage_hash("perception")
+
+
 def test_settings_that_depend_on_each_other_are_changed_together():
     assert apply_overrides(tiny(), ["data.version=v1.0-trainval", "town=null"]).town is None
     assert (
