@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from experiments.parity.golden import Check, Golden, under
 from odvla.encoders.bev_motion import turn_bev
-from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig, BEVFormerLayer
+from odvla.encoders.bevformer import BEVFormer, BEVFormerConfig
+from odvla.encoders.bevformer_layers import BEVFormerLayer
 from odvla.encoders.protocol import EncoderState
 from odvla.encoders.resnet import FPN, ResNet, ResNetConfig
 from odvla.ops.deformable_attention import deformable_attention

@@ -7,7 +7,7 @@ import torch
 from datamodules.agents import agent_targets
 from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
 from odvla import geometry
-from odvla.encoders.bevformer import project_pillars
+from odvla.encoders.bevformer_layers import project_pillars
 from odvla.encoders.resnet import padded_size
 from odvla.types import CAMERAS
 

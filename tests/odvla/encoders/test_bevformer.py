@@ -9,11 +9,8 @@ import torch
 from experiments.activations import kept_for_backward
 from odvla.encoders import bevformer
 from odvla.encoders.bev_motion import can_bus_deltas, motion_of, turn_bev
-from odvla.encoders.bevformer import (
-    BEVFormerConfig,
-    pillar_points,
-    project_pillars,
-)
+from odvla.encoders.bevformer import BEVFormerConfig, pillar_points
+from odvla.encoders.bevformer_layers import project_pillars
 from odvla.encoders.check import check_encoder
 from odvla.encoders.protocol import fake_frames
 from odvla.encoders.resnet import FPN, ResNetConfig
