@@ -80,6 +80,10 @@ class RememberTokens(Callback):
         if self.whole is not None:
             self.whole.to("cpu")
         pl_module.memory = self.memories[key]
+        # Nobody is to look at the training images any more. Where some may be broken they are read
+        # all the same: only that tells which key-frames must be left out.
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.unseen = data.config.broken_images == 0
 
     def _look(
         self, trainer: lightning.Trainer, vla: DrivingVLA, device: torch.device

@@ -7,8 +7,10 @@ scene slots, ego state, question) is the dialect's, see odvla/language/prompts.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar, get_args
 
@@ -159,23 +161,33 @@ class LanguageDataModule(NuScenesDataModule):
         source = self.source(split)
         return source.reports if source is not None else ()
 
-    def conversations(self, split: str) -> Iterator[Conversation]:
-        """Every conversation of a split, scene by scene."""
+    def conversations(self, split: str, every: int = 1) -> Iterator[Conversation]:
+        """Every conversation of a split's every n-th key-frame that has any, scene by scene."""
         source = self.source(split)
         assert source is not None
-        for scene in self.scenes(split):
-            for frame in range(scene.first, scene.last):
-                count = source.count(frame)
-                ego = ego_state(self.index, self.index.frames[frame]) if count else None
-                for number in range(count):
-                    assert ego is not None
-                    yield source.make(frame, number, ego=ego)
+        talked_about = (frame for frame in self.frame_numbers(split) if source.count(frame))
+        for frame in islice(talked_about, 0, None, every):
+            ego = ego_state(self.index, self.index.frames[frame])
+            for number in range(source.count(frame)):
+                yield source.make(frame, number, ego=ego)
 
-    def texts(self, split: str = "train") -> Iterator[str]:
-        """All text of a split's conversations, turn by turn (to train a tokenizer on)."""
-        for conversation in self.conversations(split):
+    def texts(self, split: str = "train", at_most: int | None = None) -> Iterator[str]:
+        """Text of a split's conversations, turn by turn (to train a tokenizer on).
+
+        Args:
+            split: train or val.
+            at_most: so many conversations, give or take a key-frame's, of key-frames that are
+                spread evenly over the split; None: all.
+        """
+        for conversation in self.conversations(split, self._stride(split, at_most)):
             for turn in conversation.turns:
                 yield turn.text
+
+    def _stride(self, split: str, at_most: int | None) -> int:
+        source = self.source(split)
+        assert source is not None
+        count = sum(map(source.count, self.frame_numbers(split)))
+        return 1 if at_most is None else max(math.ceil(count / at_most), 1)
 
     def question(self, sample_token: str, text: str) -> Conversation:
         """A question of the user's own about any sample of the root, still to be answered."""

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -144,7 +143,7 @@ def build_tokenizer(config: ExperimentConfig) -> ChatTokenizer:
         for stage in config.run:
             module = data_module(config, stage, None)
             if isinstance(module, LanguageDataModule):
-                yield from islice(module.texts("train"), settings.max_texts)
+                yield from module.texts("train", settings.max_conversations)
 
     return train_tokenizer(texts(), settings.vocab_size, settings.action_tokens)
 

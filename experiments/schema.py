@@ -39,6 +39,7 @@ SPEED_SETTINGS = (
     "checkpoint_every",
     "val_every",
     "feature_cache",
+    "length_groups",
 )
 
 
@@ -47,7 +48,8 @@ class TokenizerConfig:
     """A vocabulary learned from the training texts, or one that comes with a language model."""
 
     vocab_size: int = 1024
-    max_texts: int = 100_000  # of each data set; a vocabulary is settled long before
+    # Learned from, of each stage's data, spread evenly; a vocabulary is settled long before.
+    max_conversations: int = 5_000
     pretrained: str | None = None  # folder with a tokenizer.json, or a hub id
     # Bins a dimension of plans of action tokens (OpenVLA: 256), so many tokens more; 0: none.
     action_tokens: int = 0
@@ -55,11 +57,15 @@ class TokenizerConfig:
     add_tags: bool = True
 
     def __post_init__(self) -> None:
-        """Check the number of action tokens.
+        """Check numbers.
 
         Raises:
             UserError: naming the setting and its value.
         """
+        if self.max_conversations < 1:
+            raise UserError(
+                f"tokenizer.max_conversations must be at least 1, not {self.max_conversations}"
+            )
         if self.action_tokens < 0 or self.action_tokens == 1:
             raise UserError(f"tokenizer.action_tokens is 0 or at least 2, not {self.action_tokens}")
 

@@ -158,6 +158,9 @@ class StageRun:
         data = data_module(config, self.stage, shop.tokenizer)
         sharded = is_sharded(config.trainer)
         vla = copy.deepcopy(shop.vla) if sharded else shop.vla
+        if sharded:
+            # All processes must call a sharded model equally often, whatever their texts' lengths.
+            vla.language.length_groups = 1
         module = self._module(vla, self._total_steps(data))
         logger = shop.tracker.stage(self.stage, resume, self._params(), self._tags())
         freeze = FreezeByName(vla, self.settings.freeze)

@@ -71,7 +71,9 @@ def tiny() -> ExperimentConfig:
                 AgentQueriesConfig(max_tokens=12, score_threshold=0.25, birth_threshold=0.25),
                 MapQueriesConfig(queries=12, max_tokens=8),
             ),
-            language=LanguageConfig(hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320),
+            language=LanguageConfig(
+                hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320, length_groups=4
+            ),
             ego_token=True,
         ),
         data=DataConfig(
@@ -180,7 +182,9 @@ def small() -> ExperimentConfig:
         "interaction": 150,
         "planning": 1500,
     }
-    language = LanguageConfig(hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448)
+    language = replace(
+        base.model.language, hidden=160, layers=4, heads=5, kv_heads=5, intermediate=448
+    )
     return replace(
         base,
         name="small",

@@ -166,7 +166,13 @@ def test_every_record_becomes_a_conversation(root, name):
             assert conversation.turns[-1].role == "assistant"
             assert conversation.reference in conversation.turns[-1].text
             assert conversation.turns[-2].role == "user"
-    assert len(list(data.texts("train"))) >= 2 * 13 * per_frame
+    texts = list(data.texts("train"))
+    assert len(texts) >= 2 * 13 * per_frame
+    # Every third of the 13 key-frames, from the first to the last.
+    some = list(data.texts("train", 13 * per_frame // 3 + 1))
+    assert 0.25 * len(texts) < len(some) < 0.5 * len(texts)
+    assert set(some) <= set(texts)
+    assert some[-1] == texts[-1]
 
 
 def test_contents_arrive(root):

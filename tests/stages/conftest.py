@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from datamodules.nuscenes import NuScenesDataConfig
 from datamodules.sampling import ClipSampler, ResumableLoader, StreamBatchSampler
 from odvla.encoders.deformable_bev import DeformableBEVConfig
 from odvla.encoders.image_backbone import ImageBackboneConfig
@@ -51,6 +52,7 @@ class NoiseData(lightning.LightningDataModule):
     def __init__(self, tokenizer, kinds, frames=5, rows=2):
         super().__init__()
         self.tokenizer, self.kinds, self.frames, self.rows = tokenizer, kinds, frames, rows
+        self.config = NuScenesDataConfig()
 
     def place(self):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

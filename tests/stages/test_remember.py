@@ -79,6 +79,7 @@ def test_the_callback_shows_the_frames_once_and_stages_share_them(
         assert isinstance(stage, TalkStage)
         assert stage.memory is memories[vision_sha256(vla)]
         assert len(stage.memory) == 7
+        assert data.unseen
     assert looked == [("train", False, True), ("val", False, True)]
 
 

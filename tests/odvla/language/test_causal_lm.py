@@ -50,6 +50,29 @@ def test_the_loss_is_hugging_faces_without_logits_where_no_label_is():
     assert torch.equal(labels, batch.labels[:, 1:][due])
 
 
+@pytest.mark.parametrize(("lengths", "calls"), [((10, 4, 7, 3, 9), 3), ((10, 10, 9, 10, 10), 1)])
+def test_groups_of_like_length_give_the_same_loss_and_gradients(lengths, calls):
+    torch.manual_seed(0)
+    whole = LanguageConfig(**SMALL).build(40)
+    grouped = LanguageConfig(**SMALL, length_groups=3).build(40)
+    grouped.load_state_dict(whole.state_dict())
+    ids, found, places = torch.randint(40, (5, 10)), [], []
+    grouped.model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: places.append(kwargs["inputs_embeds"].shape[:2].numel()),
+        with_kwargs=True,
+    )
+    for language in (whole, grouped):
+        batch = spliced(language, ids, lengths, ids.clone())
+        batch.labels[~batch.attention_mask] = IGNORE_INDEX
+        loss, logits, labels = language(batch)
+        loss.backward()
+        found.append((loss, logits, labels, [p.grad for p in language.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+    assert len(places) == calls
+    # In groups: the two shortest at 4 places, then two at 9, the longest at 10.
+    assert sum(places) == (2 * 4 + 2 * 9 + 10 if calls == 3 else 50)
+
+
 def test_a_saved_model_is_loaded_and_grows_by_mean_rows(tmp_path):
     torch.manual_seed(0)
     first = LanguageConfig(**SMALL).build(40)
