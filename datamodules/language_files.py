@@ -26,6 +26,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"language file {path} is not JSON: {error}") from error
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of every line of a file of JSON lines (ndjson); empty lines hold nothing.
+
+    Raises:
+        UserError: the file is missing, or a line is not JSON or has an object with a key twice.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json_line(line, path, number)
+    except FileNotFoundError as error:
+        raise UserError(f"language file {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"language file {path} is not text in UTF-8: {error}") from error
+
+
+def _json_line(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=partial(_object, path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"language file {path}, line {number} is not JSON: {error}") from error
+
+
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; Python's own reading forgets all but the last value of a key."""
     members = dict(pairs)

@@ -204,7 +204,7 @@ def thought_over(tokenizer, answers):
     return replace(batch, talk=tokenizer.tokenise(told, [0, 1]))
 
 
-MEANT = {"thoughts": "yes", "decision": "stop, go straight."}
+MEANT = {"thoughts": "odvla", "decision": "stop, go straight."}
 
 
 def test_a_plan_that_is_thought_over_hears_nothing_of_the_true_answers(make_vla, action_tokenizer):
