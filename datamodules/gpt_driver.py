@@ -173,7 +173,7 @@ class Thoughts:
 
     Args:
         whose: whose decisions they are.
-        descriptions: of the scene; what has none has an empty one, in evaluation alone.
+        descriptions: of the scene, or of what matters in it; in evaluation some may be missing.
         decisions: as they are told; elsewhere they are read off the driven path.
     """
 
@@ -181,15 +181,15 @@ class Thoughts:
     descriptions: Mapping[int, str]
     decisions: Mapping[int, str] = field(default_factory=dict)
 
-    def of(self, frame: int, record: Driven, last_step: Any) -> tuple[str, str]:
-        """Description and decision of a key-frame."""
+    def of(self, frame: int, record: Driven, last_step: Any) -> tuple[str | None, str]:
+        """Description (None: not known) and decision of a key-frame."""
         if frame in self.decisions:
             decision = self.decisions[frame]
         elif self.whose == "gpt_driver":
             decision = meta_action_of(record.waypoints, record.fields["gt_ego_his_diff"][-1])
         else:
             decision = decision_of(record.waypoints, last_step)
-        return self.descriptions.get(frame, ""), decision
+        return self.descriptions.get(frame), decision
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,9 @@ class _Line:
                 [float(part) for part in value[1:-1].split(",")] if _STATE.fullmatch(value) else []
             )
             if len(found) != count:
-                self.fail(f"user.{name}", f"{count} numbers of two decimals in brackets", value)
+                self.fail(
+                    f"user.{name}", f"numbers of two decimals in brackets, {count} of them", value
+                )
             states += found
         if values[-1] not in GOALS:
             self.fail(f"user.{GOAL}", f"one of {', '.join(GOALS)}", values[-1])
