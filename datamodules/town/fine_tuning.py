@@ -87,7 +87,8 @@ def _assistant(info: Mapping[str, Any]) -> str:
     plan = info["gt_ego_fut_trajs"][1:]
     action = meta_action_of(plan, info["gt_ego_his_diff"][-1]).removesuffix(".")
     if "left" in action:
-        action = action.replace(*reversed(MISSPELT))  # as create_data.py has it, to the left alone
+        wrong, right = MISSPELT
+        action = action.replace(right, wrong)  # as create_data.py has it, to the left alone
     return "\n".join([*lines, f"{ACTION}: {action.upper()}", PLAN, _path(plan)])
 
 
