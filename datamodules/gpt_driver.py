@@ -159,7 +159,11 @@ def read_split(join: Join, split: str) -> set[int]:
 
 
 def listed_tokens(path: Path, split: str) -> list[str]:
-    """The list itself."""
+    """The list itself, in its order.
+
+    Raises:
+        UserError: the file is missing or has no such list of texts.
+    """
     content = read_json(path)
     tokens = content.get(split) if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
