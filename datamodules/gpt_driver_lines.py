@@ -46,6 +46,7 @@ ACTION = "Meta Action"
 PLAN = "Trajectory:"
 NOTHING = "None"
 UNKNOWN_PLACE = "unknown location"
+ACTIONS = frozenset(all_decisions("gpt_driver"))
 MISSPELT = ("chane lane", "change lane")  # by create_data.py
 STATE_NUMBERS = sum(EGO_STATES.values())
 NUMBERS = STATE_NUMBERS + 2 * (HISTORY + WAYPOINTS)  # that a line tells of the car
@@ -192,7 +193,7 @@ class _Line:
             self.fail("assistant", expected, text.strip())
         action = self.after(f"{ACTION}:", lines[-3], f"assistant.{ACTION}")
         decision = f"{action.lower().replace(*MISSPELT)}."
-        if decision not in all_decisions("gpt_driver"):
+        if decision not in ACTIONS:
             known = "one of GPT-Driver's meta-actions, such as MOVE FORWARD WITH A CONSTANT SPEED"
             self.fail(f"assistant.{ACTION}", known, action)
         said = [line.removeprefix("- ") for line in lines[1:-3]]
