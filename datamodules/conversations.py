@@ -205,8 +205,9 @@ class LanguageDataModule(NuScenesDataModule):
         frame = self.index.frame(sample_token)
         ego = ego_state(self.index, frame)
         turns, more = self.dialect.turns("plan", None, ego), {}
-        if getattr(self.config, "thoughts", False):
-            turns, more = self.dialect.thinking_turns(("", ""), ego), {"thoughts": "yes"}
+        whose = getattr(self.config, "thinking", None)
+        if whose is not None:
+            turns, more = self.dialect.thinking_turns(("", ""), ego), {"thoughts": whose}
         return Conversation(
             id=f"{sample_token}_trajectory",
             sample_token=sample_token,

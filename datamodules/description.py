@@ -12,12 +12,13 @@ import numpy as np
 
 from datamodules.conversations import LanguageDataModule
 from datamodules.joining import JoinReport
+from odvla.language.prompts import answers_of
 from odvla.types import Conversation
 
 # Entries of Conversation.meta that have few values.
 GROUPS = (
     "dataset", "template_type", "num_hop", "command", "known_waypoints", "class", "topic", "tags",
-    "part",
+    "part", "decision",
 )  # fmt: skip
 SHORT = 30  # characters of an answer that may come often
 COMMON = 8  # of them are told
@@ -40,7 +41,7 @@ class TextLengths:
     """Texts of one sort."""
 
     kind: str  # of the conversations
-    text: str  # question | answer | prompt
+    text: str  # question | thoughts | answer | prompt
     characters: Lengths
     words: Lengths
     tokens: Lengths | None  # None: there is no tokenizer
@@ -170,19 +171,24 @@ def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
     """The texts of a conversation by sort: its record's question, its answer, all it is asked."""
     if "question" in conversation.meta:
         yield "question", conversation.meta["question"]
+    if "thoughts" in conversation.meta and (thoughts := answers_of(conversation.turns)[0]):
+        yield "thoughts", thoughts
     yield "answer", conversation.reference
     yield "prompt", "\n".join(turn.text for turn in conversation.turns[:-1])
 
 
 def _example(data: LanguageDataModule, conversation: Conversation) -> Example:
     frame = data.index.frame(conversation.sample_token)
+    answer = conversation.reference
+    if "thoughts" in conversation.meta:
+        answer = "\n".join(filter(None, answers_of(conversation.turns)))
     return Example(
         id=conversation.id,
         sample_token=conversation.sample_token,
         scene=f"{data.index.scenes[frame.scene].name}, key-frame {frame.position}",
         kind=conversation.kind,
         question=conversation.meta.get("question", conversation.turns[-2].text),
-        answer=conversation.reference,
+        answer=answer,
         meta=dict(conversation.meta),
     )
 

@@ -1,13 +1,14 @@
 """Stage 3's data: GPT-Driver's cached nuScenes info (cached_nuscenes_info.pkl, split.json).
 
 The cache is a pickled dict, sample token -> fields of the car and of the agents; only the car's are
-kept. The file is read by array_pickles.py, which runs no code of it.
+kept. The file is read by array_pickles.py, which runs no code of it. Its fine-tuning lines are read
+by gpt_driver_lines.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from datamodules.conversations import (
     LanguageDataModule,
     group_by_frame,
 )
+from datamodules.gpt_driver_thoughts import Fingerprint, join_lines
 from datamodules.joining import Join, JoinReport
 from datamodules.language_files import read_json
 from datamodules.nucaption import read_nucaption, scene_summaries
 from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.action_bins import ActionBins
-from odvla.language.decisions import decision_of
+from odvla.language.decisions import Decisions, decision_of, meta_action_of
 from odvla.language.prompts import Dialect, PlanDialect
-from odvla.types import COMMANDS, HISTORY, WAYPOINTS, Conversation, EgoState
+from odvla.types import COMMANDS, HISTORY, STEP_S, WAYPOINTS, Conversation, EgoState
 
 NO_SUMMARY = "nuCaption describes no scene for it, which its plan is to be thought over with"
+NO_LINE = "no line of GPT-Driver's tells what to think of it"
 NO_WHOLE_FUTURE = "split.json does not list it for training"
 COMMAND = "gt_ego_fut_cmd"  # right, left, straight on
 FLAGS = ("gt_ego_fut_masks", COMMAND)
@@ -73,27 +76,52 @@ class Driven:
             command=torch.tensor([int(self.fields[COMMAND].argmax())]),
         )
 
+    def fingerprint(self) -> Fingerprint:
+        """What a fine-tuning line tells of it; speeds in metres in 0.5 s."""
+        lcf, steps = self.fields["gt_ego_lcf_feat"], self.fields["gt_ego_his_diff"]
+        told = (
+            lcf[:2] * STEP_S,
+            lcf[4:5],
+            steps[-1] - steps[-2],
+            lcf[2:4],
+            lcf[7:8] * STEP_S,
+            lcf[8:9],
+            self.fields["gt_ego_his_trajs"][:HISTORY].reshape(-1),
+            self.waypoints.reshape(-1),
+        )
+        numbers = np.concatenate(told).astype(np.float64)
+        return Fingerprint(numbers, int(self.fields[COMMAND].argmax()))
+
 
 def read_cache(join: Join) -> list[tuple[int, Driven]]:
     """Key-frame number and cached fields of every joined record, in the order of the file.
 
     Raises:
+        UserError: see `cached_infos`.
+    """
+    return joined(join, cached_infos(join.file))
+
+
+def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
+    """Key-frame number and fields of those that are joined."""
+    frames = ((join.frame(token, token), driven) for token, driven in infos.items())
+    return [(frame, driven) for frame, driven in frames if frame is not None]
+
+
+def cached_infos(path: Path) -> dict[str, Driven]:
+    """The cached fields by sample token, in the order of the file.
+
+    Raises:
         UserError: the file is missing or refused, or a record does not fit; it names file, token
             and field.
     """
-    path = join.file
     content = load_arrays(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dict keyed by sample token")
-    pairs = []
-    for token, info in content.items():
+    for token in content:
         if not isinstance(token, str):
             raise UserError(f"{path}: its keys must be sample tokens, not {token!r}")
-        driven = _driven(info, path, token)
-        frame = join.frame(token, token)
-        if frame is not None:
-            pairs.append((frame, driven))
-    return pairs
+    return {token: _driven(info, path, token) for token, info in content.items()}
 
 
 def _driven(info: Any, path: Path, token: str) -> Driven:
@@ -126,24 +154,58 @@ def read_split(join: Join, split: str) -> set[int]:
     Raises:
         UserError: the file is missing or has no such list of texts.
     """
-    content = read_json(join.file)
+    frames = (join.frame(token, token) for token in listed_tokens(join.file, split))
+    return {frame for frame in frames if frame is not None}
+
+
+def listed_tokens(path: Path, split: str) -> list[str]:
+    """The list itself, in its order.
+
+    Raises:
+        UserError: the file is missing or has no such list of texts.
+    """
+    content = read_json(path)
     tokens = content.get(split) if isinstance(content, dict) else None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"{join.file} must hold a list of sample tokens under {split!r}")
-    frames = (join.frame(token, token) for token in tokens)
-    return {frame for frame in frames if frame is not None}
+        raise UserError(f"{path} must hold a list of sample tokens under {split!r}")
+    return tokens
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What to think before a plan, by key-frame number.
+
+    Args:
+        whose: whose decisions they are.
+        descriptions: of the scene, or of what matters in it; in evaluation some may be missing.
+        decisions: as they are told; elsewhere they are read off the driven path.
+    """
+
+    whose: Decisions
+    descriptions: Mapping[int, str]
+    decisions: Mapping[int, str] = field(default_factory=dict)
+
+    def of(self, frame: int, record: Driven, last_step: Any) -> tuple[str | None, str]:
+        """Description (None: not known) and decision of a key-frame."""
+        if frame in self.decisions:
+            decision = self.decisions[frame]
+        elif self.whose == "gpt_driver":
+            decision = meta_action_of(record.waypoints, record.fields["gt_ego_his_diff"][-1])
+        else:
+            decision = decision_of(record.waypoints, last_step)
+        return self.descriptions.get(frame), decision
 
 
 @dataclass(frozen=True)
 class Plans(FrameRecords[Driven]):
     """One conversation a key-frame: the plan.
 
-    With `descriptions`, by key-frame number, a plan is thought over first: the scene is described,
-    then comes the decision that the driven path carries out, then the plan.
+    With `thoughts` a plan is thought over first: the scene is described, then comes the decision
+    that the driven path carries out, then the plan.
     """
 
     ego_from_cache: bool = False
-    descriptions: Mapping[int, str] | None = None
+    thoughts: Thoughts | None = None
 
     def conversation(
         self, frame: FrameRecord, number: int, record: Driven, ego: EgoState
@@ -154,11 +216,10 @@ class Plans(FrameRecords[Driven]):
         form = self.dialect.plan_form
         answer = self.dialect.plan_answer(record.waypoints, ego.last_step[0])
         turns, more = self.dialect.turns("plan", answer, ego), {}
-        if self.descriptions is not None:
-            decision = decision_of(record.waypoints, ego.last_step[0])
-            answers = (self.descriptions.get(frame.number, ""), decision, answer)
-            turns = self.dialect.thinking_turns(answers, ego)
-            more = {"thoughts": "yes", "decision": decision}
+        if self.thoughts is not None:
+            said = self.thoughts.of(frame.number, record, ego.last_step[0])
+            turns = self.dialect.thinking_turns((*said, answer), ego)
+            more = {"thoughts": self.thoughts.whose, "decision": said[1]}
         return Conversation(
             id=f"{frame.token}_trajectory",
             sample_token=frame.token,
@@ -190,6 +251,17 @@ class GPTDriverConfig(LanguageDataConfig):
     thoughts: bool = False
     summary_answers: int = 2  # nuCaption answers in a summary, at most
     nucaption_files: tuple[str, str] = ("nucaption/train.json", "nucaption/val.json")
+    # Think it over as GPT-Driver's fine-tuning lines do instead (its train.json): notable objects
+    # and what they may do, its meta-action, then the plan. Key-frames without a line are not
+    # learned from; there are none for evaluation, which needs no reference thoughts. "": not so.
+    conversations_file: str = ""
+
+    @property
+    def thinking(self) -> Decisions | None:
+        """Whose decisions come before a plan; None: it is not thought over."""
+        if self.conversations_file:
+            return "gpt_driver"
+        return "odvla" if self.thoughts else None
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
@@ -207,36 +279,56 @@ class GPTDriverDataModule(LanguageDataModule):
         """Plans of one split; evaluation always has all key-frames."""
         config, folder = self.config, self.config.language_folder
         join = self.join(folder / config.cache_file, split, all_splits=True)
-        pairs = read_cache(join)
+        infos = cached_infos(join.file)
+        pairs = joined(join, infos)
         listing: tuple[JoinReport, ...] = ()
         if split == "train" and config.whole_futures_only:
             list_join = self.join(folder / config.split_file, split)
             listed = read_split(list_join, "train")
             listing = (list_join.report(),)
-            for frame, _ in pairs:
-                if frame not in listed:
-                    join.leave_out(NO_WHOLE_FUTURE, self.index.frames[frame].token)
-            pairs = [pair for pair in pairs if pair[0] in listed]
-        descriptions = None
-        if config.thoughts:
-            described = self.join(folder / config.nucaption_files[split != "train"], split)
-            texts = group_by_frame(read_nucaption(described))
-            descriptions = scene_summaries(texts, config.summary_answers)
-            listing += (described.report(),)
+            pairs = self._only(pairs, listed, join, NO_WHOLE_FUTURE)
+        thoughts = None
+        if config.thinking is not None:
+            thoughts, reports = self._thoughts(split, infos)
+            listing += reports
             if split == "train":
-                for frame, _ in pairs:
-                    if frame not in descriptions:
-                        join.leave_out(NO_SUMMARY, self.index.frames[frame].token)
-                pairs = [pair for pair in pairs if pair[0] in descriptions]
+                reason = NO_LINE if config.conversations_file else NO_SUMMARY
+                pairs = self._only(pairs, thoughts.descriptions, join, reason)
         records, reports = self.part(pairs, split, join.report())
         return Plans(
-            self.index,
-            self.dialect,
-            records,
-            reports + listing,
-            config.ego_from_cache,
-            descriptions,
+            self.index, self.dialect, records, reports + listing, config.ego_from_cache, thoughts
         )
+
+    def _only(
+        self, pairs: list[tuple[int, Driven]], wanted: Container[int], join: Join, reason: str
+    ) -> list[tuple[int, Driven]]:
+        """The plans of wanted key-frames; others are counted as left out."""
+        for frame, _ in pairs:
+            if frame not in wanted:
+                join.leave_out(reason, self.index.frames[frame].token)
+        return [pair for pair in pairs if pair[0] in wanted]
+
+    def _thoughts(
+        self, split: str, infos: Mapping[str, Driven]
+    ) -> tuple[Thoughts, tuple[JoinReport, ...]]:
+        """What to think before the plans of a split, and what became of its records."""
+        config, folder = self.config, self.config.language_folder
+        if not config.conversations_file:
+            described = self.join(folder / config.nucaption_files[split != "train"], split)
+            texts = group_by_frame(read_nucaption(described))
+            summaries = scene_summaries(texts, config.summary_answers)
+            return Thoughts("odvla", summaries), (described.report(),)
+        if split != "train":
+            return Thoughts("gpt_driver", {}), ()
+        join = self.join(folder / config.conversations_file, split)
+        known = {token: driven.fingerprint() for token, driven in infos.items()}
+        lines = join_lines(join, listed_tokens(folder / config.split_file, "train"), known)
+        told = Thoughts(
+            "gpt_driver",
+            {frame: line.thoughts for frame, line in lines},
+            {frame: line.decision for frame, line in lines},
+        )
+        return told, (join.report(),)
 
     def plans(self, split: str) -> Plans:
         """The plans of a split; its cache is read once."""

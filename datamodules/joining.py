@@ -45,15 +45,21 @@ class JoinReport:
     left_out: tuple[LeftOut, ...]  # in the order in which the reasons came up
     sampling: str = "all"  # the part of the conversations that is trained on, see subset.py
     kept: int | None = None  # conversations of that part; None: all that were made
+    how: str = ""  # records without tokens found their key-frames
 
     @property
     def joined(self) -> int:
         """Records that go with a key-frame."""
         return self.records - sum(left.count for left in self.left_out)
 
+    @property
+    def told(self) -> str:
+        """The split, and how records without tokens were joined."""
+        return ", ".join(filter(None, (self.split, self.how)))
+
     def __str__(self) -> str:
         """One sentence."""
-        said = f"{self.file}: {self.joined} of {self.records} records joined ({self.split})"
+        said = f"{self.file}: {self.joined} of {self.records} records joined ({self.told})"
         for left in self.left_out:
             said += f"; {left.count} left out: {left.reason}, e.g. {left.example}"
         if self.kept is not None:
@@ -63,7 +69,7 @@ class JoinReport:
     @property
     def brief(self) -> str:
         """What a run's log says: no examples, and of the path only its end."""
-        joined = f"{self.joined} of {self.records} records joined ({self.split})"
+        joined = f"{self.joined} of {self.records} records joined ({self.told})"
         left = (f"{left.count} left out: {left.reason}" for left in self.left_out)
         return "; ".join((f"{'/'.join(self.file.parts[-2:])}: {joined}", *left))
 
@@ -102,6 +108,7 @@ class Join:
         self.split = split
         self.leaks = leaks if split == "train" else None
         self.records = 0
+        self.how = ""  # set by readers of records that do not name their sample
         self.found = 0  # records about a wanted key-frame, whatever the reader then makes of them
         self.left: dict[str, list] = {}  # reason -> [count, first example]
         self.reasons, self.verdicts = _verdicts(index, split, {s.token for s in scenes}, limit)
@@ -167,7 +174,7 @@ class Join:
             UserError: no record goes with a key-frame of the split: the file is of other data.
         """
         left = tuple(LeftOut(reason, n, example) for reason, (n, example) in self.left.items())
-        report = JoinReport(self.file, self.split, self.records, left)
+        report = JoinReport(self.file, self.split, self.records, left, how=self.how)
         if self.records and not self.found:
             whose = "this data root" if self.split == "all" else f"the {self.split} split"
             why = "; ".join(f"{le.count}: {le.reason}, e.g. {le.example}" for le in left)

@@ -26,13 +26,37 @@ def read_json(path: Path) -> Any:
         raise UserError(f"language file {path} is not JSON: {error}") from error
 
 
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of every line of a file of JSON lines (ndjson); empty lines hold nothing.
+
+    Raises:
+        UserError: the file is missing, or a line is not JSON or has an object with a key twice.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json_line(line, path, number)
+    except FileNotFoundError as error:
+        raise UserError(f"language file {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"language file {path} is not text in UTF-8: {error}") from error
+
+
+def _json_line(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=partial(_object, f"{path}, line {number}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"language file {path}, line {number} is not JSON: {error}") from error
+
+
+def _object(place: Path | str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; Python's own reading forgets all but the last value of a key."""
     members = dict(pairs)
     if len(members) < len(pairs):
         keys = [key for key, _ in pairs]
         doubled = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"language file {path}: an object has the key {doubled!r} twice")
+        raise UserError(f"language file {place}: an object has the key {doubled!r} twice")
     return members
 
 

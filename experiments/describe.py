@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -33,7 +35,7 @@ from odvla.language.prompts import Dialect
 from odvla.language.tokenizer import ChatTokenizer
 
 # A data set of one's own is described by adding its config here.
-DATA_SETS: dict[str, type[LanguageDataConfig]] = {
+DATA_SETS: dict[str, Callable[[], LanguageDataConfig]] = {
     "tod3cap": TOD3CapConfig,
     "nucaption": NuCaptionConfig,
     "nuscenes_qa": NuScenesQAConfig,
@@ -41,6 +43,7 @@ DATA_SETS: dict[str, type[LanguageDataConfig]] = {
     "drivelm": DriveLMConfig,
     "omnidrive": OmniDriveConfig,
     "gpt_driver": GPTDriverConfig,
+    "gpt_driver_thoughts": partial(GPTDriverConfig, conversations_file="gpt_driver/train.json"),
     "mixture": MixtureConfig,
     "alignment": AlignmentConfig,
     "agent_trajectories": AgentTrajectoriesConfig,
@@ -56,6 +59,7 @@ TITLES = {
     "topic": "topic",
     "tags": "scored by tag",
     "part": "part",
+    "decision": "decision",
 }
 ROWS = 10  # of a table of counts; the rest is summed up
 BAR = 24  # characters of the longest bar
@@ -92,7 +96,9 @@ def describe_data(
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(DATA_SETS)}"
         raise UserError(f"there is no data set {name!r}; {hint}")
     config = replace(DATA_SETS[name](), root=str(root), version=version)
-    data = apply_overrides(config, changes).build(None, Dialect())
+    config = apply_overrides(config, changes)
+    thinking = getattr(config, "thinking", None) is not None
+    data = config.build(None, Dialect("reasoning" if thinking else "odvla"))
     tokens_of = None
     if tokenizer is not None:
         chat = ChatTokenizer.load(model_folder(str(tokenizer), "--tokenizer", "tokenizer.json"))
@@ -146,7 +152,8 @@ def _joins(report: JoinReport) -> RenderableType:
     table.add_column("what became of them")
     table.add_column("e.g.", style="dim", overflow="fold")
     table.add_row(f"{report.records:,}", "", "in the file", "")
-    table.add_row(f"{report.joined:,}", _share(report.joined, report.records), "joined", "")
+    joined = ", ".join(filter(None, ("joined", report.how)))
+    table.add_row(f"{report.joined:,}", _share(report.joined, report.records), joined, "")
     for left in report.left_out:
         share = _share(left.count, report.records)
         table.add_row(f"{left.count:,}", share, f"left out: {left.reason}", Text(left.example))

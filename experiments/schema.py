@@ -291,12 +291,16 @@ class ExperimentConfig:
                 "stages.planning.actions=regression needs a planner: set model.planner.dim=64"
             )
         requests = self.dialect.wording.requests
-        if getattr(self.data.planning, "thoughts", False):
+        whose = getattr(self.data.planning, "thinking", None)
+        if whose is not None:
+            setting = "thoughts" if whose == "odvla" else "conversations_file"
             if planning.actions == "regression":
-                raise UserError("data.planning.thoughts are texts, which regression does not write")
+                raise UserError(
+                    f"data.planning.{setting} holds texts, which regression does not write"
+                )
             if lacking := [kind for kind in THINKING if kind not in requests]:
                 raise UserError(
-                    f"data.planning.thoughts needs a dialect with the requests "
+                    f"data.planning.{setting} needs a dialect with the requests "
                     f"{', '.join(THINKING)}; {self.dialect.name!r} lacks {lacking[0]!r} "
                     "(dialect.name=reasoning has them)"
                 )

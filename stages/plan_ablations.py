@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from odvla.errors import UserError
-from odvla.language.prompts import Dialect
+from odvla.language.prompts import Dialect, answers_of
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.rows import rows_of
 from odvla.types import COMMANDS, Batch, EgoState, Frames
@@ -54,8 +54,7 @@ def tell_less(batch: Batch, ablation: str, dialect: Dialect, tokenizer: ChatToke
     for conversation, row in zip(batch.talk.conversations, owners, strict=True):
         one = rows_of(ego, torch.tensor([row], device=ego.command.device)).to("cpu")
         if "thoughts" in conversation.meta:
-            answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
-            turns = dialect.thinking_turns(answers, one)
+            turns = dialect.thinking_turns(answers_of(conversation.turns), one)
         else:
             turns = dialect.turns(conversation.kind, conversation.reference, one)
         told.append(replace(conversation, turns=turns))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from odvla.language.decisions import all_decisions
+from odvla.language.decisions import Decisions, all_decisions
 from odvla.language.grammar import choice_grammar
 from odvla.language.prompts import THINKING
 from odvla.outputs import Generation, Perception, VLAState
@@ -33,8 +33,8 @@ def think(
 ) -> tuple[Generation, Batch]:
     """Answer the three requests of each conversation, one after the other.
 
-    The description is free text, the decision one of `all_decisions`, the plan what the stage's
-    grammar allows. The scene is looked at once.
+    The description is free text, the decision one of `all_decisions` (whose, the conversation
+    says), the plan what the stage's grammar allows. The scene is looked at once.
 
     Returns:
         The plans, with the tokens and the time of all three answers, and the batch with the
@@ -45,12 +45,13 @@ def think(
     device = batch.talk.input_ids.device
     told = batch.talk.conversations
     meta = told[0].meta
+    whose = cast(Decisions, meta["thoughts"])
     requests = [[turn for turn in c.turns if turn.role == "user"] for c in told]
     said = [[turn for turn in c.turns if turn.role == "system"] for c in told]
     steps: tuple[dict[str, Any], ...] = (
         {"max_new_tokens": stage.config.max_thought_tokens},
         {
-            "grammar": choice_grammar(tokenizer, all_decisions()),
+            "grammar": choice_grammar(tokenizer, all_decisions(whose)),
             "max_new_tokens": stage.config.max_new_tokens,
         },
         {

@@ -16,6 +16,7 @@ from nuscenes.utils.splits import create_splits_scenes
 from datamodules.town.captions import object_captions
 from datamodules.town.descriptions import described
 from datamodules.town.drivelm import GraphRecords, as_file, graph_records
+from datamodules.town.fine_tuning import fine_tuning_line
 from datamodules.town.log import KEYFRAMES_PER_SCENE, SceneLog
 from datamodules.town.narration import narrate_keyframe
 from datamodules.town.omnidrive import frame_files
@@ -95,6 +96,8 @@ def write_language(
     _write_json(folder / "gpt_driver" / "split.json", plans)
     path = folder / "gpt_driver" / "cached_nuscenes_info.pkl"
     path.write_bytes(pickle.dumps(cache, protocol=PICKLE_PROTOCOL))
+    lines = [json.dumps(fine_tuning_line(cache[token])) for token in plans["train"]]
+    (folder / "gpt_driver" / "train.json").write_text("\n".join(lines), encoding="utf-8")
 
 
 def add_scene(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datamodules.conversations import LanguageDataModule
+from datamodules.gpt_driver_thoughts import UNJOINED
 from experiments.doctor.findings import Finding, green, red, yellow
 from experiments.prepare import data_module
 from experiments.schema import ExperimentConfig
@@ -55,6 +56,12 @@ def check_language(config: ExperimentConfig) -> Iterator[Finding]:
             yield red(f"texts of {stage}", found, "do the files belong to this data root?")
         else:
             yield green(f"texts of {stage}", f"conversations: {', '.join(counts)}")
+        for report in module.join_reports("train"):
+            if any(left.reason in UNJOINED for left in report.left_out):
+                advice = (
+                    "they are not learned from: write them anew from the infos and the list there"
+                )
+                yield yellow(f"lines for {stage}", report.brief, advice)
 
 
 def check_models(config: ExperimentConfig) -> Iterator[Finding]:

@@ -20,8 +20,8 @@ def add(actions: Verbs) -> None:
     )
     describe.add_argument(
         "name",
-        help="tod3cap, nucaption, nuscenes_qa, nux, drivelm, omnidrive, gpt_driver, mixture, "
-        "alignment or agent_trajectories",
+        help="tod3cap, nucaption, nuscenes_qa, nux, drivelm, omnidrive, gpt_driver, "
+        "gpt_driver_thoughts, mixture, alignment or agent_trajectories",
     )
     describe.add_argument(
         "overrides",

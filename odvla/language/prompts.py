@@ -35,7 +35,7 @@ from odvla.language.waypoints import (
 )
 from odvla.types import HISTORY, EgoState, Turn
 
-__all__ = ["KINDS", "PARTS", "THINKING", "Dialect", "PlanDialect"]
+__all__ = ["KINDS", "PARTS", "THINKING", "Dialect", "PlanDialect", "answers_of"]
 # Parts of a request that an ablation may leave out (the paper's table IV): the fields they tell.
 PARTS = {
     "ego": frozenset(EGO_FIELDS),
@@ -161,11 +161,14 @@ class Dialect:
             turns.append(Turn("assistant", answer))
         return tuple(turns)
 
-    def thinking_turns(self, answers: Sequence[str], ego: EgoState | None) -> tuple[Turn, ...]:
+    def thinking_turns(
+        self, answers: Sequence[str | None], ego: EgoState | None
+    ) -> tuple[Turn, ...]:
         """A plan that is thought over first: what is seen, what is to be done, the plan.
 
         Args:
-            answers: those that are known, of the three; behind them stands the next request.
+            answers: those that are known, of the three; behind them stands the next request. None:
+                not known, the next request follows at once.
             ego: see `turns`.
 
         Raises:
@@ -175,8 +178,9 @@ class Dialect:
         for number, kind in enumerate(THINKING):
             if number <= len(answers):
                 turns.append(Turn("user", self.request(kind, ego)))
-            if number < len(answers):
-                turns.append(Turn("assistant", answers[number]))
+            answer = answers[number] if number < len(answers) else None
+            if answer is not None:
+                turns.append(Turn("assistant", answer))
         return tuple(turns)
 
     def request(self, kind: str, ego: EgoState | None, question: str = "") -> str:
@@ -259,6 +263,17 @@ class Dialect:
         if self.wording.signed_zero:
             return f"{value:.{decimals}f}"
         return format_number(value, decimals)
+
+
+def answers_of(turns: Sequence[Turn]) -> list[str | None]:
+    """The answer to each request of a conversation; None: it has none."""
+    found: list[str | None] = []
+    for turn in turns:
+        if turn.role == "user":
+            found.append(None)
+        elif turn.role == "assistant":
+            found[-1] = turn.text
+    return found
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,10 @@ def test_equal_experiments_have_equal_hashes():
         (("stages.planning.actions=regression",), "set model.planner.dim=64"),
         (("data.planning.thoughts=true",), "'compact' lacks 'describe' .dialect.name=reasoning"),
         (
+            ("data.planning.conversations_file=train.json",),
+            "data.planning.conversations_file needs a dialect .* 'compact' lacks 'describe'",
+        ),
+        (
             (
                 "stages.planning.actions=regression",
                 "model.planner.dim=64",

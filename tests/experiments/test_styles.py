@@ -21,7 +21,9 @@ from experiments.styles import (
 )
 from odvla.errors import UserError
 from odvla.language.causal_lm import LanguageConfig
+from odvla.language.decisions import all_decisions
 
+LINES = "gpt_driver/train.json"
 NEW_FORMS = (uniad_style, openvla_style, drivevlm_style)
 STYLES = (emma_style, lidar_llm_style, lift_splat, *NEW_FORMS)
 
@@ -62,6 +64,28 @@ def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
     assert "OpenDriveVLA, vision zeroed" in text
     if experiment is openvla_style:
         weights_bring_their_bins(config, tmp_path / config.name)
+
+
+def test_plans_are_thought_over_as_gpt_driver_does(town_root, tmp_path):
+    """Trained on its lines, the model answers with one of its meta-actions before it plans."""
+    base = smaller(drivevlm_style, town_root)
+    planning = replace(base.data.planning, thoughts=False, conversations_file=LINES)
+    config = replace(base, pictures=0, data=replace(base.data, planning=planning))
+    pipeline = open_pipeline(config, tmp_path, progress=False)
+    pipeline.fit()
+    run = tmp_path / config.name
+    lines = (run / "planning" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    known = all_decisions("gpt_driver")
+    for record in records:
+        assert record["decision"] in known
+        assert record["meta"]["decision"] in known
+        assert record["failure"] is None
+    metrics = json.loads((run / "planning" / "card.json").read_text())["metrics"]
+    right = [r["decision"] == r["meta"]["decision"] for r in records if r["kind"] == "plan"]
+    assert metrics["test/decision_accuracy"] == pytest.approx(sum(right) / len(right))
+    said = predict(config, run, records[0]["sample_token"])
+    assert records[0]["decision"] in said.text
 
 
 def weights_bring_their_bins(config, run):

@@ -204,7 +204,7 @@ def thought_over(tokenizer, answers):
     return replace(batch, talk=tokenizer.tokenise(told, [0, 1]))
 
 
-MEANT = {"thoughts": "yes", "decision": "stop, go straight."}
+MEANT = {"thoughts": "odvla", "decision": "stop, go straight."}
 
 
 def test_a_plan_that_is_thought_over_hears_nothing_of_the_true_answers(make_vla, action_tokenizer):
@@ -227,6 +227,25 @@ def test_a_plan_that_is_thought_over_hears_nothing_of_the_true_answers(make_vla,
     assert stage.decisions == expected
 
 
+def test_decisions_are_those_that_the_conversation_is_of(make_vla, action_tokenizer):
+    """The same model, asked for GPT-Driver's meta-actions, names one of them."""
+    config = PlanningStageConfig(max_new_tokens=120, max_thought_tokens=8, ablations=())
+    stage = config.build(make_vla().eval())
+    batch = thought_over(action_tokenizer, (None, "stop."))
+    asked = [
+        replace(c, meta=c.meta | {"thoughts": "gpt_driver", "decision": "stop."})
+        for c in batch.talk.conversations
+    ]
+    batch = replace(batch, talk=action_tokenizer.tokenise(asked, [0, 1]))
+    records = stage.predict_rows(batch)
+    assert len(records) == 2
+    for record in records:
+        assert record["decision"] in all_decisions("gpt_driver")
+        assert record["decision"] not in all_decisions()
+        assert record["failure"] is None
+    assert stage.decisions == [record["decision"] == "stop." for record in records]
+
+
 def test_thoughts_are_learned_and_their_loss_is_due_on_all_three_answers(
     make_vla, action_tokenizer
 ):
@@ -243,7 +262,12 @@ def test_thoughts_are_learned_and_their_loss_is_due_on_all_three_answers(
 
 def test_what_is_hidden_is_hidden_from_thoughts_too(action_tokenizer):
     batch = thought_over(action_tokenizer, ("A road.", "stop, go straight."))
-    less = tell_less(batch, "no_ego", REASONING, action_tokenizer)
+    unknown = thought_over(action_tokenizer, (None, "stop, go straight."))
+    for told in (batch, unknown):
+        check_hidden(told, tell_less(told, "no_ego", REASONING, action_tokenizer))
+
+
+def check_hidden(batch, less):
     for before, after in zip(batch.talk.conversations, less.talk.conversations, strict=True):
         assert [turn.role for turn in after.turns] == [turn.role for turn in before.turns]
         assert "v(0.00,0.00)" in after.turns[0].text

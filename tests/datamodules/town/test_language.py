@@ -19,6 +19,7 @@ FILES = {
     "nux/Nu_X_val.json",
     "gpt_driver/cached_nuscenes_info.pkl",
     "gpt_driver/split.json",
+    "gpt_driver/train.json",
     "drivelm/v1_1_train_nus.json",
     "drivelm/v1_1_val_nus_q_only.json",
     "drivelm/test_eval.json",

@@ -205,6 +205,36 @@ def test_missing_roots_versions_and_splits(town_root, tmp_path):
     assert "(and 719 more)" in found["images"].found
 
 
+def test_lines_that_do_not_join_are_told(town_root, tmp_path):
+    language = shutil.copytree(town_root / "language", tmp_path / "language")
+    lines = (language / "gpt_driver" / "train.json").read_text().split("\n")
+    changes = [
+        f"data.root={town_root}",
+        f"data.version={VERSION}",
+        f"data.language_root={language}",
+        "run=[planning]",
+        "dialect.name=reasoning",
+        "data.planning.conversations_file=gpt_driver/train.json",
+    ]
+
+    def found(text):
+        (language / "gpt_driver" / "train.json").write_text("\n".join(text))
+        return {f.check: f for f in check_language(apply_overrides(smoke(), changes))}
+
+    whole = found(lines)
+    assert [f.level for f in whole.values()] == ["green"]
+    assert f"{len(lines)} train" in whole["texts of planning"].found
+    twice = found([*lines, lines[0]])
+    assert twice["texts of planning"].level == "green"
+    assert twice["lines for planning"].level == "yellow"
+    assert "1 left out: an earlier line is about the same key-frame" in (
+        twice["lines for planning"].found
+    )
+    broken = found([*lines[:4], lines[4][:-1]])
+    assert broken["texts of planning"].level == "red"
+    assert "train.json, line 5 is not JSON" in broken["texts of planning"].found
+
+
 def test_an_experiments_texts_and_models(town_root, tmp_path, capsys):
     changes = [f"data.root={town_root}", f"data.version={VERSION}"]
     config = apply_overrides(smoke(), changes)

@@ -12,7 +12,7 @@ from odvla.errors import UserError
 from odvla.language import dialect_file
 from odvla.language.dialect_file import ASKED_LIKE, shipped_dialects, write_dialect
 from odvla.language.dialect_file import KINDS as ALL_KINDS
-from odvla.language.prompts import THINKING, Dialect, PlanDialect
+from odvla.language.prompts import THINKING, Dialect, PlanDialect, answers_of
 from odvla.types import EgoState
 
 KINDS = tuple(kind for kind in ALL_KINDS if kind not in THINKING)
@@ -118,6 +118,11 @@ def test_a_plan_that_is_thought_over_is_three_requests_and_their_answers():
     for known in range(3):
         turns = dialect.thinking_turns(("A road.", "stop, go straight.")[:known], ego_state())
         assert turns == whole[: 2 * known + 1]  # the request for what is not known, no answer
+    # What is not known, among what is, is left out; its request is not.
+    gap = dialect.thinking_turns((None, "stop, go straight.", "the plan"), ego_state())
+    assert gap == whole[:1] + whole[2:]
+    assert answers_of(gap) == [None, "stop, go straight.", "the plan"]
+    assert answers_of(whole[:5]) == ["A road.", "stop, go straight.", None]
     silent = Dialect("reasoning", without=("ego",)).thinking_turns((), ego_state())
     assert "v(" not in silent[0].text
     with pytest.raises(UserError, match="'compact' has no request of kind 'describe'"):
