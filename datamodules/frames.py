@@ -75,6 +75,10 @@ def load_image(
     return np.ascontiguousarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
+# Of frames that nobody is to look at.
+_NO_CALIBRATION = Cameras(torch.zeros(1, len(CAMERAS), 3, 3), torch.zeros(1, len(CAMERAS), 4, 4))
+
+
 class BrokenImages:
     """Images that could not be read: named once each, counted, and too many stop the run.
 
@@ -192,7 +196,8 @@ class FrameLoader:
             scene_start: temporal state must be forgotten before this frame; the motion in can_bus
                 is zero then.
             blank: black images, nothing is read (rows that only fill up a batch).
-            unseen: images of one pixel, which an encoder refuses: nobody is to look at them.
+            unseen: images of one pixel, which an encoder refuses, and no calibration: nobody is to
+                look at them.
 
         Raises:
             UserError: an image or the sweep cannot be read.
@@ -206,7 +211,7 @@ class FrameLoader:
             images = self.images(frame)
         return Frames(
             images=torch.from_numpy(images)[None],
-            cameras=self.cameras(frame),
+            cameras=_NO_CALIBRATION if unseen else self.cameras(frame),
             lidar_to_global=torch.from_numpy(frame.lidar_to_global)[None],
             timestamp_s=torch.tensor([frame.timestamp_us * 1e-6], dtype=torch.float64),
             can_bus=torch.from_numpy(can_bus_vector(self.index, frame, scene_start))[None],

@@ -220,9 +220,11 @@ class NuScenesDataModule(lightning.LightningDataModule):
         self.unseen = False  # training clips come without images: what they show is known already
         self._sources: dict[str, ConversationSource | None] = {}
 
-    @property
+    @cached_property
     def index(self) -> Index:
         """The root's index: a memory-mapped file, built at the first use.
+
+        Kept, because every look for it checks that its sources are still the same.
 
         Raises:
             UserError: the root is incomplete or inconsistent.
