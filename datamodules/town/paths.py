@@ -78,9 +78,8 @@ class Path:
         index = min(max(bisect_right(self._distances, s) - 1, 0), len(self._distances) - 2)
         near, far = self._distances[index : index + 2]
         u = min(max((s - near) / (far - near), 0.0), 1.0)
-        before, after = self._poses[index], self._poses[index + 1]
-        x, y, yaw = (a + u * (b - a) for a, b in zip(before, after, strict=True))
-        return x, y, yaw
+        (x, y, yaw), (next_x, next_y, next_yaw) = self._poses[index : index + 2]
+        return x + u * (next_x - x), y + u * (next_y - y), yaw + u * (next_yaw - yaw)
 
     @cached_property
     def _distances(self) -> list[float]:
