@@ -80,8 +80,8 @@ class SceneRenderer:
         _fill(canvas, to_camera(shadows, global_to_camera), intrinsics, dark)
         half_width = 0.5 * self.rig.width / intrinsics[0, 0]  # of the view, a metre ahead
         # Whole bodies first: few are in one camera's view.
-        faces = faces.within(SEEN_M, centre)
-        faces = faces.of(_may_show(faces, global_to_camera, half_width))
+        near = np.linalg.norm(faces.body_centre - centre, axis=1) < SEEN_M
+        faces = faces.of(near & _may_show(faces, global_to_camera, half_width))
         # A face shows when the camera is on its outer side.
         faces = faces.some(((centre - faces.quads[:, 0]) * faces.normals).sum(-1) > 0)
         quads = to_camera(faces.quads, global_to_camera)

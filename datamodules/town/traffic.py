@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from datamodules.town.driver import LOOK_AHEAD_M, Driver, Hold, Leader
-from datamodules.town.geometry import FloatArray, rectangle, rectangles_overlap
+from datamodules.town.geometry import FloatArray, distances, rectangle, rectangles_overlap
 from datamodules.town.log import RoadMap, TrafficLight
 
 STEP_S = 0.1
@@ -134,7 +134,7 @@ class Traffic:
     def _decide(self, t_s: float, step: int, centre: FloatArray, yaw: FloatArray) -> None:
         speed = np.array([vehicle.driver.speed for vehicle in self.vehicles])
         parts = self._parts(centre, yaw)
-        apart = _distances(centre[:, None], centre)
+        apart = distances(centre[:, None], centre)
         for number, vehicle in enumerate(self.vehicles):
             if number and (step + number) % 2:
                 continue  # all but the ego car think every other step: half the work
@@ -169,7 +169,7 @@ class Traffic:
         middle, reach = _circles(moving)
         middle = np.concatenate([middle, self._standing_middle])
         reach = np.concatenate([reach, self._standing_reach])
-        apart = _distances(middle[:count, None], middle)
+        apart = distances(middle[:count, None], middle)
         first, second = np.nonzero(apart < reach[:count, None] + reach[None])
         later = second > first
         first, second = first[later], second[later]
@@ -207,14 +207,17 @@ class Traffic:
         if len(way) < 2:
             return None
         reach = self._half[number] + self._half + 0.25
-        # Most vehicles near us are far from every point of the way.
-        beside = np.maximum(parts.min(1) - way.max(0), way.min(0) - parts.max(1)).max(1)
-        near = (apart < look_m + 14) & (beside < reach)
+        near = apart < look_m + 14
         near[number] = False
         others = np.flatnonzero(near)
+        if len(others):
+            # Most of them are beside the whole way.
+            there = parts[others]
+            beside = np.maximum(there.min(1) - way.max(0), way.min(0) - there.max(1))
+            others = others[(beside < reach[others, None]).all(1)]
         if not len(others):
             return None
-        distance = _distances(parts[others, :, None], way)
+        distance = distances(parts[others, :, None], way)
         hit = (distance < reach[others, None, None]).any(1)  # [others, way]
         if not hit.any():
             return None
@@ -279,13 +282,7 @@ class Traffic:
                     walker.state = "done"
 
 
-def _distances(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Between points [..., 2] that broadcast: [...]. np.linalg.norm is slow along short axes."""
-    x, y = first[..., 0] - second[..., 0], first[..., 1] - second[..., 1]
-    return np.sqrt(x * x + y * y)
-
-
 def _circles(boxes: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Centres [n, 2] and radii [n] of the circles around boxes [n, 4, 2]."""
     middle = boxes.mean(1)
-    return middle, _distances(boxes[:, 0], middle)
+    return middle, distances(boxes[:, 0], middle)
