@@ -40,6 +40,8 @@ class SceneRenderer:
 
     def __init__(self, road: RoadMap, width: int, height: int) -> None:
         self.rig = Rig.for_size(width, height)
+        self._centre_row = float(self.rig.intrinsics["CAM_FRONT"][1, 2])
+        self._horizon = int(np.ceil(self._centre_row))
         self._extent_m = road.extent_m
         self._near = paint_ground(road)
         rows, columns = self._near.shape[:2]
@@ -59,9 +61,10 @@ class SceneRenderer:
         )
         faces = moment.within(SEEN_M + RIG_REACH_M, ego[:3, 3])
         shadows = _shadows(log, tick)
+        sky = self._sky(log.daylight)
         return {
             name: self._draw(
-                self.rig.intrinsics[name], global_to_camera, faces, shadows, log.daylight
+                self.rig.intrinsics[name], global_to_camera, faces, shadows, sky, log.daylight
             )
             for name, global_to_camera in self.rig.global_to_cameras(ego).items()
         }
@@ -72,10 +75,12 @@ class SceneRenderer:
         global_to_camera: FloatArray,
         faces: Faces,
         shadows: FloatArray,
+        sky: Image,
         daylight: float,
     ) -> Image:
         centre = np.linalg.inv(global_to_camera)[:3, 3]
-        canvas = self._background(intrinsics, global_to_camera, float(centre[2]), daylight)
+        ground = self._ground(intrinsics, global_to_camera, float(centre[2]), daylight)
+        canvas = np.concatenate([sky, ground])
         dark = [SHADOW] * len(shadows)
         _fill(canvas, to_camera(shadows, global_to_camera), intrinsics, dark)
         half_width = 0.5 * self.rig.width / intrinsics[0, 0]  # of the view, a metre ahead
@@ -97,35 +102,38 @@ class SceneRenderer:
         _fill(canvas, quads[order], intrinsics, colours)
         return canvas
 
-    def _background(
+    def _sky(self, daylight: float) -> Image:
+        """Rows above the horizon, the same in all cameras: they look level."""
+        rows = np.arange(self._horizon) + 0.5
+        up = np.clip((self._centre_row - rows) / max(1.0, self._centre_row), 0, 1)
+        sky = np.outer(1 - up, SKY_LOW) + np.outer(up, SKY_TOP)
+        colours = np.clip(sky * (0.35 + 0.65 * daylight), 0, 255).astype(np.uint8)
+        return np.repeat(colours[:, None], self.rig.width, axis=1)
+
+    def _ground(
         self,
         intrinsics: FloatArray,
         global_to_camera: FloatArray,
         above_road: float,
         daylight: float,
     ) -> Image:
-        """Sky above the horizon, hazy ground below it."""
-        horizon = int(np.ceil(intrinsics[1, 2]))  # the cameras look level
-        canvas = np.empty((self.rig.height, self.rig.width, 3), np.uint8)
-        rows = np.arange(self.rig.height) + 0.5
-        up = np.clip((intrinsics[1, 2] - rows[:horizon]) / max(1.0, intrinsics[1, 2]), 0, 1)
-        sky = np.outer(1 - up, SKY_LOW) + np.outer(up, SKY_TOP)
-        canvas[:horizon] = np.clip(sky * (0.35 + 0.65 * daylight), 0, 255)[:, None]
-        below = rows[horizon:] - intrinsics[1, 2]
-        distance = intrinsics[1, 1] * above_road / np.maximum(below, 0.05)
-        far = int((distance > FAR_GROUND_M).sum())
+        """Rows below the horizon: the ground, hazy far away."""
+        rows = np.arange(self._horizon, self.rig.height) + 0.5
+        distance = intrinsics[1, 1] * above_road / np.maximum(rows - intrinsics[1, 2], 0.05)
+        near = self._horizon + int((distance > FAR_GROUND_M).sum())
         plane = intrinsics @ global_to_camera[:3][:, [0, 1, 3]]
         ground = np.concatenate(
             [
-                self._warp(self._far, CELL_M * FAR_CELL, plane, range(horizon, horizon + far)),
-                self._warp(self._near, CELL_M, plane, range(horizon + far, self.rig.height)),
+                self._warp(self._far, CELL_M * FAR_CELL, plane, range(self._horizon, near)),
+                self._warp(self._near, CELL_M, plane, range(near, self.rig.height)),
             ]
         )
-        fade = 1 - np.exp(-distance / HAZE_M)[:, None, None]
-        hazy = ground.astype(np.float32) * daylight * (1 - fade)
-        hazy += np.array(HAZE, np.float32) * daylight * fade
-        canvas[horizon:] = np.clip(hazy, 0, 255)
-        return canvas
+        # Rows of numbers, not pixels of three: numpy is slow along short axes.
+        haze = np.tile(np.array(HAZE, np.float32) * daylight, self.rig.width)
+        fade = 1 - np.exp(-distance / HAZE_M)[:, None]
+        hazy = ground.reshape(len(ground), -1).astype(np.float32) * daylight * (1 - fade)
+        hazy += haze * fade
+        return hazy.clip(0, 255).astype(np.uint8).reshape(ground.shape)
 
     def _warp(self, ground: Image, cell_m: float, plane: FloatArray, rows: range) -> Image:
         """Rows of the view of a raster; `plane` maps ground (x, y, 1) to pixels."""
@@ -189,9 +197,11 @@ def _fill(
     reach = SMOOTH_PIXELS << FIXED_BITS
     end = np.array(canvas.shape[1::-1]) << FIXED_BITS
     inside = (points.max(1) > -reach).all(1) & (points.min(1) < end + reach).all(1)
-    for row in np.flatnonzero(np.where(whole, inside, depth.max(1) >= NEAR_M)).tolist():
-        corners = points[row]
-        if not whole[row]:
+    shown = np.flatnonzero(np.where(whole, inside, depth.max(1) >= NEAR_M))
+    for row, is_whole, corners in zip(
+        shown.tolist(), whole[shown].tolist(), points[shown], strict=True
+    ):
+        if not is_whole:
             kept = cut(quads[row])
             if len(kept) < 3:
                 continue

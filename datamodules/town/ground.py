@@ -50,7 +50,8 @@ class GroundPainter:
 def paint_ground(road: RoadMap) -> NDArray[np.uint8]:
     """The location from above, RGB [rows, columns, 3] at CELL_M, row 0 in the north."""
     painter = GroundPainter(road.extent_m, CELL_M, 3)
-    painter.image[:] = GRASS
+    painter.image[0] = GRASS
+    painter.image[1:] = painter.image[0]  # whole rows: far quicker than pixel by pixel
     for polygon in road.walkways:
         painter.fill(polygon, PAVEMENT)
         painter.line(polygon, KERB, 0.25)

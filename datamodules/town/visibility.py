@@ -66,7 +66,9 @@ def _outlines(camera: FloatArray, intrinsics: FloatArray) -> list[tuple[int, NDA
     for row in back_to_front[shown[back_to_front]].tolist():
         corners = pixels[row]
         if not whole[row]:
-            corners = to_pixels(np.concatenate([cut(s) for s in camera[row][BOX_FACES]]), intrinsics)
+            corners = to_pixels(
+                np.concatenate([cut(s) for s in camera[row][BOX_FACES]]), intrinsics
+            )
             if corners[:, 0].max() < -0.5 or corners[:, 0].min() > ID_SIZE[0] - 0.5:
                 continue
         outlines.append((row, cv2.convexHull(corners.round().astype(np.int32))))
