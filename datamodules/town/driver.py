@@ -7,6 +7,7 @@ crossing. What was strictest is kept, because it is the reason that the captions
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,7 +99,7 @@ class Driver:
             towards = self._idm(hold.gap_m, 0.0)
             if towards < best:
                 best, reason, subject = towards, hold.reason, ""
-        self.acceleration = float(np.clip(best, -HARDEST_BRAKE, self.accel_limit))
+        self.acceleration = min(max(best, -HARDEST_BRAKE), self.accel_limit)
         self.reason, self.subject = reason, subject
 
     def advance(self, dt_s: float) -> None:
@@ -115,7 +116,7 @@ class Driver:
         closing = self.speed * (self.speed - leader_speed)
         wanted = STANDSTILL_GAP_M + max(
             0.0,
-            self.speed * HEADWAY_S + closing / (2 * np.sqrt(self.accel_limit * COMFORT_BRAKE)),
+            self.speed * HEADWAY_S + closing / (2 * math.sqrt(self.accel_limit * COMFORT_BRAKE)),
         )
         cruise = max(0.1, self.limit_mps * self.keenness)
         free = 1 - (self.speed / cruise) ** 4

@@ -9,6 +9,12 @@ from scipy.ndimage import gaussian_filter1d
 FloatArray = NDArray[np.float64]
 
 
+def distances(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Between points [..., 2] that broadcast: [...]. np.linalg.norm is slow along short axes."""
+    x, y = first[..., 0] - second[..., 0], first[..., 1] - second[..., 1]
+    return np.sqrt(x * x + y * y)
+
+
 def arc_lengths(points: FloatArray) -> FloatArray:
     """Distance along a polyline [P, 2] at each of its points: [P]."""
     return np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])

@@ -17,6 +17,7 @@ GRASS, PAVEMENT, KERB = (84, 116, 62), (168, 164, 158), (196, 194, 190)
 ASPHALT, JUNCTION = (88, 89, 92), (84, 85, 88)
 WHITE, YELLOW = (232, 232, 228), (228, 186, 44)
 LINE_M = 0.22
+BAND_ROWS = 16
 SHIFT = 4  # fractional bits of OpenCV's polygon coordinates
 
 
@@ -49,7 +50,8 @@ class GroundPainter:
 def paint_ground(road: RoadMap) -> NDArray[np.uint8]:
     """The location from above, RGB [rows, columns, 3] at CELL_M, row 0 in the north."""
     painter = GroundPainter(road.extent_m, CELL_M, 3)
-    painter.image[:] = GRASS
+    painter.image[0] = GRASS
+    painter.image[1:] = painter.image[0]  # whole rows: far quicker than pixel by pixel
     for polygon in road.walkways:
         painter.fill(polygon, PAVEMENT)
         painter.line(polygon, KERB, 0.25)
@@ -109,5 +111,8 @@ def _textured(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     patches = cv2.resize(patches, (columns, rows), interpolation=cv2.INTER_LINEAR) * 5
     grain = rng.integers(-7, 8, (512, 512), dtype=np.int8).astype(np.float32)
     tiled = np.tile(grain, (rows // 512 + 1, columns // 512 + 1))[:rows, :columns]
-    noise = (patches + tiled)[..., None]
-    return np.clip(image.astype(np.float32) + noise, 0, 255).astype(np.uint8)
+    # In bands that fit the processor's cache.
+    for band in (slice(row, row + BAND_ROWS) for row in range(0, rows, BAND_ROWS)):
+        noise = (patches[band] + tiled[band])[..., None]
+        image[band] = np.clip(image[band] + noise, 0, 255)
+    return image

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.town.log import SceneLog
+from datamodules.town.log import SCENERY, SceneLog
 from datamodules.town.rig import FloatArray, Rig, ego_to_global
 
 BEAMS = 32
@@ -40,15 +41,20 @@ def scan(log: SceneLog, tick: int, rig: Rig) -> LidarScan:
     distance = np.where(rays[:, 2] < -1e-6, -origin[2] / np.minimum(rays[:, 2], -1e-6), np.inf)
     owner = np.full(len(rays), -1)
     intensity = np.full(len(rays), GROUND_INTENSITY, np.float32)
-    for number, centre, yaw, size_wlh in _boxes(log, tick, origin):
-        rows = _towards(rays, centre - origin, float(np.linalg.norm(size_wlh)) / 2)
+    boxes = log.actor_boxes(tick).and_then(log.road.houses).within(RANGE_M, origin[:2])
+    centres = np.column_stack([boxes.xy, boxes.size_wlh[:, 2] / 2])
+    radii = np.linalg.norm(boxes.size_wlh, axis=1) / 2
+    for box, rows in enumerate(_towards(rays, centres - origin, radii)):
         if not len(rows):
             continue
-        hit = ray_box_distance(origin, rays[rows], centre, yaw, size_wlh)
+        hit = ray_box_distance(
+            origin, rays[rows], centres[box], float(boxes.yaw[box]), boxes.size_wlh[box]
+        )
         nearer = hit < distance[rows]
         distance[rows[nearer]] = hit[nearer]
-        owner[rows[nearer]] = number
-        intensity[rows[nearer]] = BODY_INTENSITY if number >= 0 else HOUSE_INTENSITY
+        owner[rows[nearer]] = boxes.id[box]
+        is_house = boxes.id[box] == SCENERY
+        intensity[rows[nearer]] = HOUSE_INTENSITY if is_house else BODY_INTENSITY
     kept = distance < RANGE_M
     noisy = distance[kept] + rng.normal(0, NOISE_M, int(kept.sum()))
     xyz = directions[kept] * noisy[:, None]
@@ -68,16 +74,17 @@ def ray_box_distance(
     c, s = np.cos(yaw), np.sin(yaw)
     turn = np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
     start = turn @ (origin - centre)
-    local = rays @ turn.T
+    local = np.ascontiguousarray((rays @ turn.T).T)
     half = np.array([size_wlh[1], size_wlh[0], size_wlh[2]]) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        first = (-half - start) / local
-        second = (half - start) / local
-    enter = np.minimum(first, second).max(1)
-    leave = np.maximum(first, second).min(1)
+        first = (-half - start)[:, None] / local
+        second = (half - start)[:, None] / local
+    enter = np.minimum(first, second).max(0)
+    leave = np.maximum(first, second).min(0)
     return np.where((leave >= enter) & (enter > 0), enter, np.inf)
 
 
+@cache
 def _rays() -> tuple[FloatArray, NDArray[np.float32]]:
     """Unit directions [R, 3] in the LIDAR_TOP frame and the ring of each."""
     elevation = np.deg2rad(np.linspace(*ELEVATION_DEG, BEAMS))
@@ -88,26 +95,11 @@ def _rays() -> tuple[FloatArray, NDArray[np.float32]]:
     return directions.reshape(-1, 3), rings
 
 
-def _boxes(
-    log: SceneLog, tick: int, origin: FloatArray
-) -> list[tuple[int, FloatArray, float, FloatArray]]:
-    """Everything a ray can hit in range: id (-1 for scenery), centre, yaw, width-length-height."""
-    found = []
-    for actor in log.actors:
-        xy = actor.track.xy[tick]
-        if actor.present[tick] and np.linalg.norm(xy - origin[:2]) < RANGE_M:
-            centre = np.array([xy[0], xy[1], actor.size_wlh[2] / 2])
-            found.append((actor.id, centre, float(actor.track.yaw[tick]), actor.size_wlh))
-    for block in log.road.blocks:
-        if block.kind == "building" and np.linalg.norm(block.position - origin[:2]) < RANGE_M:
-            centre = np.array([*block.position, block.size[2] / 2])
-            found.append((-1, centre, block.yaw, block.size[[1, 0, 2]]))
-    return found
-
-
-def _towards(rays: NDArray, centre: FloatArray, radius_m: float) -> NDArray[np.int64]:
-    """Rays that point at a sphere around a box: only these can hit it."""
-    distance = float(np.linalg.norm(centre))
-    if distance <= radius_m:
-        return np.arange(len(rays))
-    return np.flatnonzero(rays @ (centre / distance) > np.sqrt(1 - (radius_m / distance) ** 2))
+def _towards(rays: NDArray, centres: FloatArray, radii_m: FloatArray) -> list[NDArray[np.int64]]:
+    """For each sphere around a box the rays that point at it: only these can hit the box."""
+    distance = np.linalg.norm(centres, axis=1)
+    inside = distance <= radii_m
+    ratio = np.divide(radii_m, distance, out=np.ones(len(radii_m)), where=~inside)
+    narrowest = np.where(inside, -np.inf, np.sqrt(1 - ratio**2))
+    cosines = (centres / distance[:, None]) @ rays.T
+    return [np.flatnonzero(row) for row in cosines > narrowest[:, None]]

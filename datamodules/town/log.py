@@ -8,6 +8,7 @@ ticks. Traffic keeps to the right.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ TICKS_PER_KEYFRAME = 10
 KEYFRAMES_PER_SCENE = 40  # 20 s at 2 Hz
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+SCENERY = -1  # stands for the id of what is no actor
 LightColour = Literal["red", "yellow", "green"]
 
 
@@ -78,6 +80,48 @@ class StaticBlock:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Upright boxes on the ground at one moment, in arrays of one row a box.
+
+    Attributes:
+        id: [n] of the actor, or SCENERY.
+        xy: [n, 2] centres on the ground.
+        yaw: [n] directions of the lengths.
+        size_wlh: [n, 3].
+    """
+
+    id: NDArray[np.int64]
+    xy: FloatArray
+    yaw: FloatArray
+    size_wlh: FloatArray
+
+    def within(self, reach_m: float, of: FloatArray) -> Boxes:
+        """Those nearer to a point [2] than reach_m, in the same order."""
+        near = np.linalg.norm(self.xy - of, axis=1) < reach_m
+        return Boxes(self.id[near], self.xy[near], self.yaw[near], self.size_wlh[near])
+
+    def and_then(self, others: Boxes) -> Boxes:
+        """These boxes and then others."""
+        return Boxes(
+            np.concatenate([self.id, others.id]),
+            np.concatenate([self.xy, others.xy]),
+            np.concatenate([self.yaw, others.yaw]),
+            np.concatenate([self.size_wlh, others.size_wlh]),
+        )
+
+    def corners(self) -> FloatArray:
+        """Corners [n, 8, 3]: four at the bottom, four at the top."""
+        c, s = np.cos(self.yaw), np.sin(self.yaw)
+        turn = np.stack([c, s, -s, c], axis=-1).reshape(-1, 2, 2)
+        half = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]]) / 2
+        corners = np.zeros((len(self.id), 8, 3))
+        ground = (half * self.size_wlh[:, None, [1, 0]]) @ turn + self.xy[:, None]
+        corners[:, :4, :2] = corners[:, 4:, :2] = ground
+        corners[:, 4:, 2] = self.size_wlh[:, None, 2]
+        return corners
+
+
+@dataclass(frozen=True)
 class RoadMap:
     """One location; polygons are simple counter-clockwise [P, 2] arrays, lines [P, 2] arrays."""
 
@@ -93,6 +137,18 @@ class RoadMap:
     road_dividers: tuple[FloatArray, ...]  # between directions
     lane_dividers: tuple[FloatArray, ...]  # between lanes of one direction
     blocks: tuple[StaticBlock, ...] = ()
+
+    @cached_property
+    def houses(self) -> Boxes:
+        """The blocks that are solid: they hide what is behind them, and stop laser beams."""
+        houses = [block for block in self.blocks if block.kind == "building"]
+        sizes = np.array([block.size for block in houses]).reshape(-1, 3)
+        return Boxes(
+            id=np.full(len(houses), SCENERY),
+            xy=np.array([block.position for block in houses]).reshape(-1, 2),
+            yaw=np.array([block.yaw for block in houses], float),
+            size_wlh=sizes[:, [1, 0, 2]],
+        )
 
 
 @dataclass(frozen=True)
@@ -156,3 +212,13 @@ class SceneLog:
     def location(self) -> str:
         """Name of the map this scene lies on."""
         return self.road.location
+
+    def actor_boxes(self, tick: int) -> Boxes:
+        """Boxes of the actors that are in the world at a tick."""
+        actors = [actor for actor in self.actors if actor.present[tick]]
+        return Boxes(
+            id=np.array([actor.id for actor in actors], np.int64),
+            xy=np.array([actor.track.xy[tick] for actor in actors]).reshape(-1, 2),
+            yaw=np.array([actor.track.yaw[tick] for actor in actors]),
+            size_wlh=np.array([actor.size_wlh for actor in actors]).reshape(-1, 3),
+        )

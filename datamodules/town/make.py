@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 from threadpoolctl import threadpool_limits
 
-from datamodules.town.cameras import SceneRenderer, visibility
+from datamodules.town.cameras import SceneRenderer
 from datamodules.town.can_bus import write_can_bus
 from datamodules.town.ground import drivable_mask
 from datamodules.town.language import write_language
@@ -38,6 +38,7 @@ from datamodules.town.tables import (
     sensor_table,
 )
 from datamodules.town.tokens import TokenIndex, make_token
+from datamodules.town.visibility import visibility
 from odvla.errors import UserError
 
 MASK_CELL_M = 0.1  # what the devkit assumes of a semantic prior
@@ -134,8 +135,7 @@ def make_scene(job: SceneJob) -> tuple[SceneLog, list[KeyframeView]]:
     cv2.setNumThreads(0)  # the processes are the parallelism
     road = _road(job.location, job.config.seed)
     log = simulate_scene(road, job.name, job.index, job.config.seed)
-    width, height = job.config.image_size
-    renderer = SceneRenderer(road, width, height)
+    renderer = _renderer(job.location, job.config.seed, job.config.image_size)
     quality = [cv2.IMWRITE_JPEG_QUALITY, job.config.jpeg_quality]
     for channel in (*renderer.rig.cameras, LIDAR):
         (job.folder / "samples" / channel).mkdir(parents=True, exist_ok=True)
@@ -158,6 +158,12 @@ def make_scene(job: SceneJob) -> tuple[SceneLog, list[KeyframeView]]:
 @cache
 def _road(location: str, seed: int) -> RoadMap:
     return build_road_map(location, seed)
+
+
+@cache
+def _renderer(location: str, seed: int, image_size: tuple[int, int]) -> SceneRenderer:
+    """Kept for the process: to paint the ground takes half a second."""
+    return SceneRenderer(_road(location, seed), *image_size)
 
 
 def _run(

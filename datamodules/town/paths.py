@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter1d
 from datamodules.town.geometry import (
     FloatArray,
     arc_lengths,
+    distances,
     headings,
     resample,
     shifted,
@@ -78,21 +79,18 @@ class Path:
         index = min(max(bisect_right(self._distances, s) - 1, 0), len(self._distances) - 2)
         near, far = self._distances[index : index + 2]
         u = min(max((s - near) / (far - near), 0.0), 1.0)
-        before, after = self._poses[index], self._poses[index + 1]
-        x, y, yaw = (a + u * (b - a) for a, b in zip(before, after, strict=True))
-        return x, y, yaw
+        (x, y, yaw), (next_x, next_y, next_yaw) = self._poses[index : index + 2]
+        return x + u * (next_x - x), y + u * (next_y - y), yaw + u * (next_yaw - yaw)
 
     @cached_property
     def _distances(self) -> list[float]:
-        return [float(s) for s in self.s]
+        return self.s.tolist()
 
     @cached_property
     def _poses(self) -> list[tuple[float, float, float]]:
         """Plain numbers: indexing them one at a time is faster than indexing arrays."""
-        return [
-            (float(x), float(y), float(yaw))
-            for (x, y), yaw in zip(self.points, self.yaw, strict=True)
-        ]
+        x, y = self.points.T.tolist()
+        return list(zip(x, y, self.yaw.tolist(), strict=True))
 
     def heading(self, s: float | FloatArray) -> FloatArray:
         """Headings at distances along the path."""
@@ -201,11 +199,9 @@ def _crossings(road: RoadMap, line: FloatArray) -> tuple[tuple[float, float, int
     """Where the path enters and leaves each crossing it goes over."""
     found = []
     s = arc_lengths(line)
-    for number, polygon in enumerate(road.ped_crossings):
-        centre = polygon.mean(0)
-        distance = np.linalg.norm(line - centre, axis=1)
-        if distance.min() > 12:
-            continue
+    centres = np.array([polygon.mean(0) for polygon in road.ped_crossings]).reshape(-1, 1, 2)
+    for number in np.flatnonzero(distances(centres, line).min(1) <= 12).tolist():
+        polygon = road.ped_crossings[number]
         a, b, c = polygon[0], polygon[1], polygon[2]
         first, second = b - a, c - b
         local = line - a

@@ -211,27 +211,22 @@ def _without_overlaps(
     clear of each other already.
     """
     every = slice(None, None, 4)
-    boxes = [
-        rectangle(a.track.xy[every], a.track.yaw[every], a.size_wlh[0] + 0.02, a.size_wlh[1] + 0.02)
-        for a in actors
-    ]
+    wide, long = (np.array([a.size_wlh[i] for a in actors]) + 0.02 for i in (0, 1))
+    xy = np.array([a.track.xy[every] for a in actors])
+    yaw = np.array([a.track.yaw[every] for a in actors])
+    boxes = np.concatenate([rectangle(xy, yaw, wide[:, None], long[:, None]), ego[None, every]])
+    reach = np.ptp(boxes[:, 0], axis=1).sum(-1)  # of each box, as it is at first
     standing = range(first_standing, first_standing + parked)
     # Who is looked at first stays: parked bodies, then in the order of the list.
     order = [*standing, *(i for i in range(len(actors)) if i not in standing)]
-    kept: list[int] = []
-    taken = [ego[every]]
+    taken = [len(actors)]  # the ego car
     for i in order:
-        if not any(_touch(boxes[i], box) for box in taken):
-            kept.append(i)
-            taken.append(boxes[i])
-    return [actors[i] for i in sorted(kept)]
-
-
-def _touch(first: FloatArray, second: FloatArray) -> bool:
-    """Whether two moving boxes [K, 4, 2] ever share ground."""
-    reach = np.ptp(first[0], axis=0).sum() + np.ptp(second[0], axis=0).sum()
-    near = np.abs(first[:, 0] - second[:, 0]).sum(-1) < 2 * reach
-    return bool(near.any()) and bool(rectangles_overlap(first[near], second[near]).any())
+        corner_apart = np.abs(boxes[i, :, 0] - boxes[taken, :, 0]).sum(-1)
+        near = corner_apart < 2 * (reach[i] + reach[taken])[:, None]
+        other, tick = np.nonzero(near)
+        if not rectangles_overlap(boxes[i, tick], boxes[np.array(taken)[other], tick]).any():
+            taken.append(i)
+    return [actors[i] for i in sorted(taken[1:])]
 
 
 def _renumbered(actor: Actor, number: int) -> Actor:

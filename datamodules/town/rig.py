@@ -77,6 +77,11 @@ class Rig:
         turned = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
         return Rig(width, height, cameras, intrinsics, Mount(np.array(LIDAR_TRANSLATION), turned))
 
+    def global_to_cameras(self, ego: FloatArray) -> dict[str, FloatArray]:
+        """[4, 4] from the global frame into each camera, for a car at `ego` [4, 4]."""
+        mounts = np.stack([mount.matrix for mount in self.cameras.values()])
+        return dict(zip(self.cameras, np.linalg.inv(ego @ mounts), strict=True))
+
 
 def rigid(rotation: FloatArray, translation: FloatArray) -> FloatArray:
     """[4, 4] from a rotation [3, 3] and a translation [3]."""

@@ -357,6 +357,7 @@ def _scenery(
     centres = np.concatenate([polygon for polygon, _ in road.road_segments])
     blocks = []
     for street in streets:
+        left, yaw = normals(street.centre), headings(street.centre)
         for side in (-1.0, 1.0):
             at = rng.uniform(4, 12)
             length = arc_lengths(street.centre)[-1]
@@ -365,11 +366,11 @@ def _scenery(
                 is_tree = rng.random() < 0.45
                 depth, width = (2.4, 2.4) if is_tree else rng.uniform(8, 13, 2)
                 away = street.half_width_m + WALKWAY_M + depth / 2 + rng.uniform(0.6, 3.0)
-                position = street.centre[index] + normals(street.centre)[index] * side * away
+                position = street.centre[index] + left[index] * side * away
                 reach = float(np.hypot(depth, width)) / 2 + WALKWAY_M
                 inside = (position > 2).all() and (position < extent_m - 2).all()
                 if inside and np.linalg.norm(centres - position, axis=1).min() > reach:
-                    blocks.append(_block(rng, is_tree, position, depth, width, street, index))
+                    blocks.append(_block(rng, is_tree, position, depth, width, float(yaw[index])))
                 at += (5.0 if is_tree else width) + rng.uniform(2, 9)
     return tuple(blocks)
 
@@ -380,8 +381,7 @@ def _block(
     position: FloatArray,
     depth: float,
     width: float,
-    street: Street,
-    index: int,
+    street_yaw: float,
 ) -> StaticBlock:
     if is_tree:
         green = (int(rng.integers(35, 70)), int(rng.integers(90, 135)), int(rng.integers(30, 60)))
@@ -390,8 +390,7 @@ def _block(
     walls = ((176, 150, 124), (150, 108, 92), (190, 186, 176), (128, 138, 150), (204, 188, 150))
     colour = walls[int(rng.integers(len(walls)))]
     size = np.array([depth, width, rng.uniform(6, 18)])
-    yaw = headings(street.centre)[index] - np.pi / 2
-    return StaticBlock("building", position, size, float(yaw), colour)
+    return StaticBlock("building", position, size, street_yaw - np.pi / 2, colour)
 
 
 def _wrap(angle: float) -> float:

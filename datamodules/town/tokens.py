@@ -37,5 +37,5 @@ class TokenIndex:
 
 def make_token(seed: int, *parts: str | int) -> str:
     """32 hexadecimal digits, as in nuScenes."""
-    text = "/".join(str(part) for part in (seed, *parts))
+    text = "/".join(map(str, (seed, *parts)))
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from datamodules.town.driver import LOOK_AHEAD_M, Driver, Hold, Leader
-from datamodules.town.geometry import FloatArray, rectangle, rectangles_overlap
+from datamodules.town.geometry import FloatArray, distances, rectangle, rectangles_overlap
 from datamodules.town.log import RoadMap, TrafficLight
 
 STEP_S = 0.1
@@ -52,7 +53,7 @@ class Walker:
     walked: float = 0.0
     state: Literal["waiting", "walking", "done"] = "walking"
 
-    @property
+    @cached_property
     def length_m(self) -> float:
         """Length of the walk."""
         return float(np.linalg.norm(self.end - self.start))
@@ -62,7 +63,7 @@ class Walker:
         """Where the person is now: [2]."""
         return self.start + (self.end - self.start) * min(1.0, self.walked / self.length_m)
 
-    @property
+    @cached_property
     def yaw(self) -> float:
         """Direction of the walk."""
         return float(np.arctan2(*(self.end - self.start)[::-1]))
@@ -95,9 +96,11 @@ class Traffic:
         self.vehicles = vehicles
         self.walkers = walkers
         self.standing = standing
+        self._standing_middle, self._standing_reach = _circles(standing)
         sizes = np.array([vehicle.body.size_wlh for vehicle in vehicles])
         self._half = sizes[:, 0] / 2
         self._length = sizes[:, 1]
+        self._centre_m = np.array([vehicle.centre_m for vehicle in vehicles])
 
     def run(self, warm_up_s: float, duration_s: float) -> Recording:
         """Drive, and stop at the first clash.
@@ -130,36 +133,49 @@ class Traffic:
 
     def _decide(self, t_s: float, step: int, centre: FloatArray, yaw: FloatArray) -> None:
         speed = np.array([vehicle.driver.speed for vehicle in self.vehicles])
+        parts = self._parts(centre, yaw)
+        apart = distances(centre[:, None], centre)
         for number, vehicle in enumerate(self.vehicles):
             if number and (step + number) % 2:
                 continue  # all but the ego car think every other step: half the work
             driver = vehicle.driver
-            leader = self._leader(number, centre, yaw, speed)
+            leader = self._leader(number, parts, apart[number], yaw, speed)
             driver.decide(t_s, leader, self._holds(driver, t_s))
 
     def _poses(self) -> tuple[FloatArray, FloatArray]:
         """Box centres [V, 2] and yaws [V]."""
         poses = np.array([vehicle.driver.path.pose(vehicle.driver.s) for vehicle in self.vehicles])
-        ahead = np.array([vehicle.centre_m for vehicle in self.vehicles])
         yaw = poses[:, 2]
         direction = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
-        return poses[:, :2] + ahead[:, None] * direction, yaw
+        return poses[:, :2] + self._centre_m[:, None] * direction, yaw
+
+    def _parts(self, centre: FloatArray, yaw: FloatArray) -> FloatArray:
+        """Five points along the middle of each vehicle, which stand for its box: [V, 5, 2]."""
+        along = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
+        at = np.linspace(-0.5, 0.5, 5)[:, None] * self._length[:, None, None]
+        return centre[:, None] + at * along[:, None]
 
     def _clash(self, centre: FloatArray, yaw: FloatArray) -> int | None:
         """The body that is to go because it touches another: of two vehicles, the later one."""
         count = len(self.vehicles)
         people = [i for i, walker in enumerate(self.walkers) if walker.crossing is not None]
-        boxes = [rectangle(centre, yaw, 2 * self._half + ROOM_M, self._length + ROOM_M)]
-        for i in people:
-            walker = self.walkers[i]
-            boxes.append(rectangle(walker.position, walker.yaw, *walker.body.size_wlh[:2])[None])
-        every = np.concatenate([*boxes, self.standing])
-        middle = every.mean(1)
-        reach = np.linalg.norm(every[:, 0] - middle, axis=-1)
-        apart = np.linalg.norm(middle[:count, None] - middle[None], axis=-1)
+        moving = rectangle(centre, yaw, 2 * self._half + ROOM_M, self._length + ROOM_M)
+        if people:
+            crossing = [self.walkers[i] for i in people]
+            sizes = np.array([walker.body.size_wlh for walker in crossing])
+            at = np.array([walker.position for walker in crossing])
+            facing = np.array([walker.yaw for walker in crossing])
+            moving = np.concatenate([moving, rectangle(at, facing, sizes[:, 0], sizes[:, 1])])
+        middle, reach = _circles(moving)
+        middle = np.concatenate([middle, self._standing_middle])
+        reach = np.concatenate([reach, self._standing_reach])
+        apart = distances(middle[:count, None], middle)
         first, second = np.nonzero(apart < reach[:count, None] + reach[None])
         later = second > first
         first, second = first[later], second[later]
+        if not len(first):
+            return None
+        every = np.concatenate([moving, self.standing])
         touching = rectangles_overlap(every[first], every[second])
         for a, b in zip(first[touching], second[touching], strict=True):
             if b < count:
@@ -171,31 +187,38 @@ class Traffic:
         return None
 
     def _leader(
-        self, number: int, centre: FloatArray, yaw: FloatArray, speed: FloatArray
+        self, number: int, parts: FloatArray, apart: FloatArray, yaw: FloatArray, speed: FloatArray
     ) -> Leader | None:
-        """The nearest vehicle that stands in our way within LOOK_AHEAD_M."""
+        """The nearest vehicle that stands in our way within LOOK_AHEAD_M.
+
+        Args:
+            number: which vehicle we are.
+            parts: points that stand for each vehicle [V, 5, 2].
+            apart: distances from our centre to each vehicle's [V].
+            yaw: of each vehicle [V].
+            speed: of each vehicle [V].
+        """
         driver = self.vehicles[number].driver
         path = driver.path
-        first = int(np.searchsorted(path.s, driver.s))
+        first = int(path.s.searchsorted(driver.s))
         look_m = min(LOOK_AHEAD_M, 14.0 + 5.0 * driver.speed)
-        last = int(np.searchsorted(path.s, driver.s + driver.front_m + look_m))
+        last = int(path.s.searchsorted(driver.s + driver.front_m + look_m))
         way = path.points[first:last:2]
         if len(way) < 2:
             return None
-        others = np.flatnonzero(np.linalg.norm(centre - centre[number], axis=1) < look_m + 14)
-        others = others[others != number]
+        reach = self._half[number] + self._half + 0.25
+        near = apart < look_m + 14
+        near[number] = False
+        others = np.flatnonzero(near)
+        if len(others):
+            # Most of them are beside the whole way.
+            there = parts[others]
+            beside = np.maximum(there.min(1) - way.max(0), way.min(0) - there.max(1))
+            others = others[(beside < reach[others, None]).all(1)]
         if not len(others):
             return None
-        # Five points along the middle of each other vehicle stand for its box.
-        along = np.stack([np.cos(yaw[others]), np.sin(yaw[others])], axis=-1)
-        parts = np.linspace(-0.5, 0.5, 5)
-        points = (
-            centre[others, None]
-            + (parts[:, None] * self._length[others, None, None]) * along[:, None]
-        )
-        distance = np.linalg.norm(points[:, :, None] - way[None, None], axis=-1)
-        reach = self._half[number] + self._half[others] + 0.25
-        hit = (distance < reach[:, None, None]).any(1)  # [others, way]
+        distance = distances(parts[others, :, None], way)
+        hit = (distance < reach[others, None, None]).any(1)  # [others, way]
         if not hit.any():
             return None
         where = np.where(hit.any(1), hit.argmax(1), len(way))
@@ -233,13 +256,14 @@ class Traffic:
 
     def _someone_on(self, driver: Driver, crossing: int, span: tuple[float, float]) -> bool:
         """Whether a person on the crossing has not yet passed our path."""
+        walking = [w for w in self.walkers if w.crossing == crossing and w.state == "walking"]
+        if not walking:
+            return False
         here = driver.path.position(sum(span) / 2)
-        for walker in self.walkers:
-            if walker.crossing == crossing and walker.state == "walking":
-                direction = (walker.end - walker.start) / walker.length_m
-                passed = float(np.dot(walker.position - here, direction))
-                if passed < 2.3:
-                    return True
+        for walker in walking:
+            direction = (walker.end - walker.start) / walker.length_m
+            if float(np.dot(walker.position - here, direction)) < 2.3:
+                return True
         return False
 
     def _walk(self) -> None:
@@ -256,3 +280,9 @@ class Traffic:
                 walker.walked += walker.speed * STEP_S
                 if walker.walked >= walker.length_m:
                     walker.state = "done"
+
+
+def _circles(boxes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Centres [n, 2] and radii [n] of the circles around boxes [n, 4, 2]."""
+    middle = boxes.mean(1)
+    return middle, distances(boxes[:, 0], middle)

@@ -6,11 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from datamodules.town.cameras import SceneRenderer, visibility
+from datamodules.town.cameras import SceneRenderer
 from datamodules.town.lidar import ray_box_distance
 from datamodules.town.rig import Rig, ego_to_global
 from datamodules.town.roads import LOCATIONS, build_road_map
 from datamodules.town.scenario import simulate_scene
+from datamodules.town.visibility import visibility
 
 STEP = 2  # every other pixel of a 320 x 180 image
 
