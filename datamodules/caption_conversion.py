@@ -95,7 +95,7 @@ def check_broken(path: Path, found: Sequence[Broken], allowed: int) -> None:
         _, token, problem = min(found)
         raise UserError(
             f"{path}, {token}: {problem}; it is the first of {len(found)} record(s) so far that do "
-            f"not fit, and data.broken_captions allows {allowed}"
+            f"not fit, and data.broken_captions (score: --broken-captions) allows {allowed}"
         )
 
 

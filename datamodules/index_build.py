@@ -17,7 +17,8 @@ Names of the arrays (F key-frames, P annotations, 6 cameras in the order of CAME
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,22 @@ from datamodules.ego_state import can_bus_vector, ego_state, future_positions, p
 from datamodules.ego_trajectories import cached_trajectories, planning_label
 from datamodules.map_geometry import expansion_file, location_map
 from datamodules.poses import FloatArray, inverse, rigid
-from datamodules.records import LIDAR, SPLITS, EgoTable, Index, index_of_arrays
+from datamodules.records import (
+    LIDAR,
+    SPLITS,
+    EgoTable,
+    FrameRecord,
+    FrameTable,
+    Index,
+    index_of_arrays,
+)
 from datamodules.tables import Progress, Tables
 from odvla.errors import UserError
 from odvla.types import CAMERAS, DETECTION_CLASSES
 
 MAX_VELOCITY_GAP_S = 1.5  # longest step the devkit takes a velocity over; doubled when centred
 CHANNELS = (LIDAR, *CAMERAS)
+RECENT = 64  # key-frames; more than the past and the future that are looked at
 Columns = dict[str, NDArray[Any]]
 
 
@@ -287,8 +297,28 @@ def _maps(root: Path, columns: Columns, tell: Progress) -> Columns:
     return found
 
 
+class _RecentFrames(FrameTable):
+    """Key-frames that are asked for again and again are made once, and soon forgotten."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__(arrays)
+        self._made: dict[int, FrameRecord] = {}
+
+    def __getitem__(self, number: Any) -> Any:
+        """One key-frame, or several."""
+        if isinstance(number, slice) or number < 0:
+            return super().__getitem__(number)
+        if number not in self._made:
+            if len(self._made) == RECENT:
+                del self._made[next(iter(self._made))]
+            self._made[number] = super().__getitem__(number)
+        return self._made[number]
+
+
 def _ego(index: Index, tell: Progress) -> Columns:
     """The car at every key-frame; see EgoTable."""
+    # Past and future of a key-frame are looked up some fifty times.
+    index = replace(index, frames=_RecentFrames(index.arrays))
     rows: dict[str, list[Any]] = {f.name: [] for f in fields(EgoTable)}
     for frame in index.frames:
         if frame.number % 500 == 0:
