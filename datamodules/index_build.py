@@ -17,7 +17,7 @@ Names of the arrays (F key-frames, P annotations, 6 cameras in the order of CAME
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -55,37 +55,57 @@ Columns = dict[str, NDArray[Any]]
 def index_arrays(
     tables: Tables, root: Path, version: str, progress: Progress | None = None
 ) -> Columns:
-    """All arrays of a root's index.
+    """All arrays of a root's index; see index_steps."""
+    columns: Columns = {}
+    for step in index_steps(lambda: tables, root, version, progress).values():
+        columns |= step(columns)
+    return columns
+
+
+def index_steps(
+    tables: Callable[[], Tables], root: Path, version: str, progress: Progress | None = None
+) -> dict[str, Callable[[Columns], Columns]]:
+    """What an index is made in, by name: each step takes all arrays before it and makes more.
 
     Args:
-        tables: of the root (the devkit's NuScenes does as well).
+        tables: reads those of the root (the devkit's NuScenes does as well).
         root: for maps and CAN bus.
         version: of the tables.
         progress: told about each part.
 
     Raises:
-        UserError: a record is missing or does not fit; the sentence names it.
+        UserError: in a step: a record is missing or does not fit; the sentence names it.
     """
 
     def tell(what: str, done: int, total: int) -> None:
         if progress is not None:
             progress(what, done, total)
 
-    tell("scenes", 0, 1)
-    samples, columns = _scenes(tables, version)
-    numbers = {sample["token"]: number for number, (sample, _) in enumerate(samples)}
-    tell("boxes", 0, 1)
-    columns |= _annotations(tables, samples, numbers)
-    tell("key-frames", 0, 1)
-    columns |= _frames(tables, columns["scene.frames"], samples, numbers)
-    columns |= _can_bus(root, columns, tell)
-    columns |= _maps(root, columns, tell)
-    bare = index_of_arrays(root, version, columns)
-    tell("paths of agents", 0, 1)
-    paths = agent_paths(bare)
-    columns |= {f"path.{f.name}": getattr(paths, f.name) for f in fields(paths)}
-    columns |= _ego(bare, tell)
-    return columns
+    def of_tables(_: Columns) -> Columns:
+        content = tables()
+        tell("scenes", 0, 1)
+        samples, columns = _scenes(content, version)
+        numbers = {sample["token"]: number for number, (sample, _) in enumerate(samples)}
+        tell("boxes", 0, 1)
+        columns |= _annotations(content, samples, numbers)
+        tell("key-frames", 0, 1)
+        return columns | _frames(content, columns["scene.frames"], samples, numbers)
+
+    def can_bus_and_maps(columns: Columns) -> Columns:
+        return _can_bus(root, columns, tell) | _maps(root, columns, tell)
+
+    def agents_and_ego(columns: Columns) -> Columns:
+        bare = index_of_arrays(root, version, columns)
+        tell("paths of agents", 0, 1)
+        paths = agent_paths(bare)
+        found = {f"path.{f.name}": getattr(paths, f.name) for f in fields(paths)}
+        return found | _ego(bare, tell)
+
+    return {
+        "tables": of_tables,
+        "can_bus_and_maps": can_bus_and_maps,
+        "agents_and_ego": agents_and_ego,
+    }
 
 
 def _texts(values: list[str]) -> NDArray[np.bytes_]:
