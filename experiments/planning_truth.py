@@ -218,12 +218,16 @@ class GroundTruthCheck:
         """Check some samples under one protocol.
 
         Raises:
-            UserError: the L2 is not 0, or a collision was counted on the driven path.
+            UserError: the L2 is not 0, a collision was counted on the driven path, or no sample
+                counts under the protocol.
         """
         one = PlanningMetric(self.metrics[name].card, sync_on_compute=False)
         # The plans are a copy: nothing of the metric can compare a thing with itself.
         one.update(tokens, driven.clone(), driven, mask, traffic)
-        found = one.samples()
+        try:
+            found = one.samples()
+        except ValueError as error:
+            raise UserError(f"the ground truth under {name!r}: {error}") from error
         if float(found.l2_m.max()) > 0 or bool(found.hits.any()):
             raise UserError(
                 f"the ground truth scored against itself under {name!r} has an L2 of up to "

@@ -39,9 +39,7 @@ class ScoreRequest:
     name: str = ""
     references: Path | None = None  # of captions and answers that bring none
     bert: Path | None = None  # local model for BERTScore
-    truth: TruthFiles = field(
-        default_factory=TruthFiles
-    )  # files that stand for ground truth of plans
+    truth: TruthFiles = field(default_factory=TruthFiles)  # instead of the root's
     broken_captions: int = 0  # so many of TOD3Cap's records may not fit
     beyond: bool = True  # with the open-loop approximations of closed-loop scores
 

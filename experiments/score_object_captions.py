@@ -36,9 +36,9 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
     frames = data.frame_numbers(request.split)
     wanted = [data.index.frames[number].token for number in frames]
     counts, said = coverage(submission, wanted)
-    table = open_table(ensure_table(path, data.index, broken=request.broken_captions))
-    said += [f"{path}, {token}: {problem}; it is left out" for _, token, problem in table.broken]
-    annotated = _annotated(data, table, set(frames))
+    captions = open_table(ensure_table(path, data.index, broken=request.broken_captions))
+    said += [f"{path}, {token}: {problem}; it is left out" for _, token, problem in captions.broken]
+    annotated = _annotated(data, captions, set(frames))
     if not annotated:
         raise UserError(f"{path} holds no caption of the {request.split} split of {request.data}")
     known = set(wanted)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from odvla.types import WAYPOINTS
 MASK_FILE = "gt_traj_mask.pkl"
 # Whom the rasters of a format show.
 OCCUPANCY = {"planning-segmentation": "vehicles", "vad-segmentation": "vehicles+pedestrians"}
+TELL_M = 0.1  # paths that are farther from those of the data root are told of
 FloatArray = NDArray[np.float32]
 
 
@@ -46,6 +47,16 @@ class TruthFiles:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """How far driven paths are from those of the data root, at steps that both know."""
+
+    largest_m: float
+    median_m: float  # over key-frames, of each one's largest
+    worst: str  # sample token
+    other_masks: int  # key-frames in which other steps are known
+
+
+@dataclass(frozen=True)
 class FileCounts:
     """Key-frames of a split beside those of one file."""
 
@@ -53,6 +64,7 @@ class FileCounts:
     used: int
     missing: tuple[str, ...]  # key-frames of the split that the file does not have
     extra: tuple[str, ...]  # its tokens that are no key-frame of the split
+    apart: Apart | None = None  # of driven paths
 
     def as_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -63,6 +75,7 @@ class FileCounts:
             "n_extra": len(self.extra),
             "missing": list(self.missing),
             "extra": list(self.extra),
+            **({} if self.apart is None else {"from_data_root": asdict(self.apart)}),
         }
 
     def sentences(self) -> list[str]:
@@ -77,6 +90,17 @@ class FileCounts:
             said.append(
                 f"{len(self.extra)} samples of {self.file} are no key-frames of the split: "
                 f"{named(self.extra)}"
+            )
+        if self.apart is not None and self.apart.largest_m > TELL_M:
+            said.append(
+                f"driven paths of {self.file} are up to {self.apart.largest_m:.2f} m from those of "
+                f"the data root (median over key-frames {self.apart.median_m:.2f} m), the farthest "
+                f"in {self.apart.worst}"
+            )
+        if self.apart is not None and self.apart.other_masks:
+            said.append(
+                f"{self.file} knows other steps than the data root in {self.apart.other_masks} "
+                "key-frames"
             )
         return said
 
@@ -120,6 +144,7 @@ def truth_of_files(
     tokens = chosen.split.tokens
     if files.paths is not None:
         path, mask = _driven(read[0], read[1], tokens)
+        counts = (replace(counts[0], apart=_apart(chosen, path, mask)), *counts[1:])
         split = replace(chosen.split, waypoints=torch.from_numpy(path), mask=torch.from_numpy(mask))
         chosen = replace(chosen, split=split, source=_hash(tokens, path, mask))
     rasters = {
@@ -197,6 +222,20 @@ def _driven(
         before = path[:, step - 1] if step else np.zeros_like(path[:, 0])
         path[:, step] = np.where(mask[:, step, None], path[:, step], before)
     return path, mask
+
+
+def _apart(truth: PlanningTruth, path: FloatArray, mask: NDArray[np.bool_]) -> Apart:
+    """Compare with the path of the lidar; UniAD's point is centimetres from it at most."""
+    split = truth.split
+    distance = np.linalg.norm(path - split.waypoints.numpy(), axis=-1)
+    both = mask & split.mask.numpy()
+    largest = np.where(both, distance, 0.0).max(axis=1)
+    return Apart(
+        largest_m=float(largest.max()),
+        median_m=float(np.median(largest)),
+        worst=split.tokens[int(largest.argmax())],
+        other_masks=int((mask != split.mask.numpy()).any(axis=1).sum()),
+    )
 
 
 def _values(file: ForeignFile, token: str, name: str) -> Any:

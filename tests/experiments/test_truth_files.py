@@ -117,6 +117,14 @@ def test_a_shifted_truth_gives_shifted_errors(gt, town_root, truth, tmp_path):
         assert uniad[f"l2_{second}s_m"] == pytest.approx(expected, abs=1e-6)
         assert vad[f"l2_{second}s_m"] == pytest.approx(0.5, abs=1e-6)
     assert 0 < expected < 0.5
+    (apart,) = [one["from_data_root"] for one in found.report.numbers["truth"][:1]]
+    assert apart["largest_m"] == pytest.approx(0.5, abs=1e-3)
+    assert apart["median_m"] == pytest.approx(0.5, abs=1e-3)
+    assert any(f"{shifted} are up to 0.50 m from those of the data root" in s for s in found.said)
+    masks = {token: np.zeros_like(values) for token, values in _load(files.mask).items()}
+    none = TruthFiles(shifted, _pickle(tmp_path / "none.pkl", masks))
+    with pytest.raises(UserError, match="under 'vad'"):
+        score(ScoreRequest(path, town_root, protocols=("vad",), truth=none))
 
 
 def test_the_rasters_of_a_file_are_what_is_collided_with(ask, default, gt, tmp_path):
