@@ -15,6 +15,7 @@ from experiments.plan_submission import plan_set
 from experiments.planning_scores import planning_tables, sample_records, score_planners
 from experiments.planning_truth import PlanningTruth
 from experiments.report import Report, ResultTable, without_nan
+from experiments.road_boundary import BOUNDARY_OF, score_boundary
 from experiments.submissions import Submission, read_submission
 from experiments.truth_files import TruthFiles, truth_of_files
 from odvla.errors import UserError
@@ -137,6 +138,9 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
         found = score_planners(truth, [plans], cards)
         tables += planning_tables(found, {plans.name: plans.readable_percent})
         planning |= {name: scored.as_dict() for name, scored in found[plans.name].items()}
+        if BOUNDARY_OF in cards:
+            table, numbers["boundary"] = score_boundary(truth, plans)
+            tables += [] if table is None else [table]
         for record in sample_records(truth, plans, found[plans.name]):
             _merge(samples.setdefault(record["sample_token"], {}), record)
         numbers["counts"] = counts.as_dict()
