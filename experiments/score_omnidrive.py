@@ -89,8 +89,8 @@ def evaluate_omnidrive_plans(
     boundary, off_road = score_boundary(truth, plans)
     if boundary is not None:
         tables = (*tables, boundary)
-    told = {"boundary": off_road, "unreadable": failures, "counts": counts.as_dict()}
-    return tables, {KIND: {**scores, **told}}
+    beside = {"boundary": off_road, "unreadable": failures, "counts": counts.as_dict()}
+    return tables, {KIND: {**scores, **beside}}
 
 
 def score_omnidrive_plans(
