@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datamodules.caption_table import ensure_table
 from datamodules.collate import Tokenises
 from datamodules.conversations import FrameRecords, LanguageDataModule, group_by_frame
 from datamodules.map_raster import map_targets
@@ -126,7 +125,7 @@ class AlignmentDataModule(LanguageDataModule):
         """Make the index and, for track tokens, the table of captions, where there are none."""
         super().prepare_data()
         if "track" in self.config.streams:
-            ensure_table(self.config.language_folder / self.config.caption_file, self.index)
+            self.config.ensure_table(self.index)
 
     def make_source(self, split: str) -> UnionSource:
         """Union of the chosen streams' captions."""

@@ -1,21 +1,25 @@
 """TOD3Cap's published JSON, streamed record by record, each of them checked.
 
-The file is 1.5 GB and several times that as Python objects.
+The file is 1.5 GB and several times that as Python objects. A stream knows the byte at which its
+last record ends, and may begin at such a byte.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from datamodules.language_files import text_field
 from odvla.errors import UserError
 
-CHUNK = 1 << 18  # characters read at a time; a record has a few thousand
+CHUNK = 1 << 18  # bytes read at a time; a record has a few thousand
 LONGEST = 1 << 22  # characters a record may have
+LONGEST_PROBLEM = 200  # characters that are kept of what is wrong with a record
 Row = tuple[str, str, str]  # annotation token, sample token, final caption
 # What the data set's own code reads of a record. A relation may be "none", and an object off the
 # map has no text about it.
@@ -37,17 +41,51 @@ NUMBERS = (
 MAYBE_NAN = ("motion_caption.x_vel", "motion_caption.y_vel", "motion_caption.bev_vel")
 
 
-def stream_records(path: Path) -> Iterator[Row]:
-    """Checked records of the JSON, one at a time.
+@dataclass(frozen=True)
+class BrokenRecord:
+    """A record that does not fit."""
+
+    token: str
+    problem: str  # e.g. "field 'final_caption' is missing"
+
+
+class CaptionStream:
+    """Records of the JSON in their order, each read and checked when it is asked for.
+
+    Args:
+        path: the file.
+        start: where to begin: 0, or the `offset` of another stream of the same file.
 
     Raises:
-        UserError: it is not a JSON object of such records; it names token and field.
+        UserError: on the way, where the file is not a JSON object; it names the place.
     """
-    for token, record in _members(path):
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self.path, self.start = path, start
+        self._text: _Text | None = None
+
+    @property
+    def offset(self) -> int:
+        """The byte of the file that follows the last record."""
+        return self.start if self._text is None else self._text.offset
+
+    def __iter__(self) -> Iterator[Row | BrokenRecord]:
+        """Annotation token, sample token and caption, or what is wrong with a record."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            self._text = _Text(self.path, file, self.start)
+            for token, record in _members(self._text, begun=self.start > 0):
+                yield _checked(record, self.path, token)
+
+
+def _checked(record: Any, path: Path, token: str) -> Row | BrokenRecord:
+    try:
         caption = text_field(record, "final_caption", path, token)
         sample = text_field(record, "sample_token", path, token)
         check_parts(record, path, token)
-        yield token, sample, caption
+    except UserError as error:
+        return BrokenRecord(token, str(error).removeprefix(f"{path}, {token}: ")[:LONGEST_PROBLEM])
+    return token, sample, caption
 
 
 def check_parts(record: dict[str, Any], path: Path, token: str) -> None:
@@ -77,44 +115,63 @@ def _value(record: Any, field: str, path: Path, token: str) -> Any:
     return record
 
 
-def _members(path: Path) -> Iterator[tuple[str, Any]]:
+def _members(text: _Text, *, begun: bool) -> Iterator[tuple[str, Any]]:
     """Keys and values of a JSON object, with no more than a few records in memory.
 
     Python's decoder rather than a streaming parser: velocities may be NaN, which is not JSON.
+
+    Args:
+        text: what is left of the file.
+        begun: it begins behind a value, not with the object.
     """
-    with path.open(encoding="utf-8") as file:
-        text = _Text(path, file)
+    if not begun:
         if text.peek() != "{":
-            raise UserError(f"{path} must hold an object keyed by token")
+            raise UserError(f"{text.path} must hold an object keyed by token")
         text.take("{")
-        while text.peek() != "}":
-            key = text.value()
-            if not isinstance(key, str):
-                raise text.broken(f"expected a token, not {key!r}")
-            text.take(":")
-            yield key, text.value()
-            if text.peek() != "}":
-                text.take(",")
-        text.take("}")
-        if text.peek():
-            raise text.broken("something follows the object")
+    first = not begun
+    while text.peek() != "}":
+        if not first:
+            text.take(",")
+        first = False
+        key = text.value()
+        if not isinstance(key, str):
+            raise text.broken(f"expected a token, not {key!r}")
+        text.take(":")
+        yield key, text.value()
+    text.close()
+    if text.peek():
+        raise text.broken("something follows the object")
 
 
 class _Text:
     """A JSON text read in chunks; what was taken is forgotten."""
 
-    def __init__(self, path: Path, file: TextIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, start: int) -> None:
         self.path, self.file = path, file
         self.left, self.at = "", 0
+        self.read, self.ended = start, False  # bytes before the next chunk, if there is one
+        self.bytes = codecs.getincrementaldecoder("utf-8")()
         self.decoder = json.JSONDecoder()
+        self.closing: int | None = None  # the byte of the last bracket, once it was taken
+
+    @property
+    def offset(self) -> int:
+        """The byte that follows the values that were taken."""
+        if self.closing is not None:
+            return self.closing
+        cut_letter, _ = self.bytes.getstate()
+        return self.read - len(self.left[self.at :].encode()) - len(cut_letter)
 
     def more(self) -> bool:
+        chunk = self.file.read(CHUNK)
+        self.read += len(chunk)
+        self.ended = not chunk
         try:
-            chunk = self.file.read(CHUNK)
+            text = self.bytes.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
             raise self.broken(str(error)) from error
-        self.left, self.at = self.left[self.at :] + chunk, 0
-        return bool(chunk)
+        self.left, self.at = self.left[self.at :] + text, 0
+        return not self.ended
 
     def peek(self) -> str:
         """The next character that is no white space; "" at the end."""
@@ -132,16 +189,27 @@ class _Text:
             raise self.broken(f"expected {expected!r}, not {found or 'its end'!r}")
         self.at += 1
 
+    def close(self) -> None:
+        """Take the last bracket; whoever goes on behind the last value finds it again."""
+        self.peek()
+        self.closing = self.offset
+        self.take("}")
+
     def value(self) -> Any:
         self.peek()
         while True:
             try:
-                value, self.at = self.decoder.raw_decode(self.left, self.at)
-                return value
+                value, end = self.decoder.raw_decode(self.left, self.at)
             except json.JSONDecodeError as error:
                 # The record may only be cut by the chunk's end; a broken one is not read on for.
                 if len(self.left) - self.at > LONGEST or not self.more():
                     raise self.broken(error.msg) from error
+                continue
+            # A number that ends with the chunk may go on in the next one.
+            if end < len(self.left) or isinstance(value, str | dict | list) or self.ended:
+                self.at = end
+                return value
+            self.more()
 
     def broken(self, reason: str) -> UserError:
         near = self.left[self.at : self.at + 40]

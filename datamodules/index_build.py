@@ -17,7 +17,8 @@ Names of the arrays (F key-frames, P annotations, 6 cameras in the order of CAME
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,50 +33,79 @@ from datamodules.ego_state import can_bus_vector, ego_state, future_positions, p
 from datamodules.ego_trajectories import cached_trajectories, planning_label
 from datamodules.map_geometry import expansion_file, location_map
 from datamodules.poses import FloatArray, inverse, rigid
-from datamodules.records import LIDAR, SPLITS, EgoTable, Index, index_of_arrays
+from datamodules.records import (
+    LIDAR,
+    SPLITS,
+    EgoTable,
+    FrameRecord,
+    FrameTable,
+    Index,
+    index_of_arrays,
+)
 from datamodules.tables import Progress, Tables
 from odvla.errors import UserError
 from odvla.types import CAMERAS, DETECTION_CLASSES
 
 MAX_VELOCITY_GAP_S = 1.5  # longest step the devkit takes a velocity over; doubled when centred
 CHANNELS = (LIDAR, *CAMERAS)
+RECENT = 64  # key-frames; more than the past and the future that are looked at
 Columns = dict[str, NDArray[Any]]
 
 
 def index_arrays(
     tables: Tables, root: Path, version: str, progress: Progress | None = None
 ) -> Columns:
-    """All arrays of a root's index.
+    """All arrays of a root's index; see index_steps."""
+    columns: Columns = {}
+    for step in index_steps(lambda: tables, root, version, progress).values():
+        columns |= step(columns)
+    return columns
+
+
+def index_steps(
+    tables: Callable[[], Tables], root: Path, version: str, progress: Progress | None = None
+) -> dict[str, Callable[[Columns], Columns]]:
+    """What an index is made in, by name: each step takes all arrays before it and makes more.
 
     Args:
-        tables: of the root (the devkit's NuScenes does as well).
+        tables: reads those of the root (the devkit's NuScenes does as well).
         root: for maps and CAN bus.
         version: of the tables.
         progress: told about each part.
 
     Raises:
-        UserError: a record is missing or does not fit; the sentence names it.
+        UserError: in a step: a record is missing or does not fit; the sentence names it.
     """
 
     def tell(what: str, done: int, total: int) -> None:
         if progress is not None:
             progress(what, done, total)
 
-    tell("scenes", 0, 1)
-    samples, columns = _scenes(tables, version)
-    numbers = {sample["token"]: number for number, (sample, _) in enumerate(samples)}
-    tell("boxes", 0, 1)
-    columns |= _annotations(tables, samples, numbers)
-    tell("key-frames", 0, 1)
-    columns |= _frames(tables, columns["scene.frames"], samples, numbers)
-    columns |= _can_bus(root, columns, tell)
-    columns |= _maps(root, columns, tell)
-    bare = index_of_arrays(root, version, columns)
-    tell("paths of agents", 0, 1)
-    paths = agent_paths(bare)
-    columns |= {f"path.{f.name}": getattr(paths, f.name) for f in fields(paths)}
-    columns |= _ego(bare, tell)
-    return columns
+    def of_tables(_: Columns) -> Columns:
+        content = tables()
+        tell("scenes", 0, 1)
+        samples, columns = _scenes(content, version)
+        numbers = {sample["token"]: number for number, (sample, _) in enumerate(samples)}
+        tell("boxes", 0, 1)
+        columns |= _annotations(content, samples, numbers)
+        tell("key-frames", 0, 1)
+        return columns | _frames(content, columns["scene.frames"], samples, numbers)
+
+    def can_bus_and_maps(columns: Columns) -> Columns:
+        return _can_bus(root, columns, tell) | _maps(root, columns, tell)
+
+    def agents_and_ego(columns: Columns) -> Columns:
+        bare = index_of_arrays(root, version, columns)
+        tell("paths of agents", 0, 1)
+        paths = agent_paths(bare)
+        found = {f"path.{f.name}": getattr(paths, f.name) for f in fields(paths)}
+        return found | _ego(bare, tell)
+
+    return {
+        "tables": of_tables,
+        "can_bus_and_maps": can_bus_and_maps,
+        "agents_and_ego": agents_and_ego,
+    }
 
 
 def _texts(values: list[str]) -> NDArray[np.bytes_]:
@@ -287,8 +317,28 @@ def _maps(root: Path, columns: Columns, tell: Progress) -> Columns:
     return found
 
 
+class _RecentFrames(FrameTable):
+    """Key-frames that are asked for again and again are made once, and soon forgotten."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__(arrays)
+        self._made: dict[int, FrameRecord] = {}
+
+    def __getitem__(self, number: Any) -> Any:
+        """One key-frame, or several."""
+        if isinstance(number, slice) or number < 0:
+            return super().__getitem__(number)
+        if number not in self._made:
+            if len(self._made) == RECENT:
+                del self._made[next(iter(self._made))]
+            self._made[number] = super().__getitem__(number)
+        return self._made[number]
+
+
 def _ego(index: Index, tell: Progress) -> Columns:
     """The car at every key-frame; see EgoTable."""
+    # Past and future of a key-frame are looked up some fifty times.
+    index = replace(index, frames=_RecentFrames(index.arrays))
     rows: dict[str, list[Any]] = {f.name: [] for f in fields(EgoTable)}
     for frame in index.frames:
         if frame.number % 500 == 0:

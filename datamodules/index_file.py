@@ -12,13 +12,16 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from datamodules.columns import Columns, open_columns, partial_path, write_columns
 from datamodules.records import SPLITS, Index, index_of_arrays
@@ -28,6 +31,7 @@ from odvla.errors import UserError
 log = logging.getLogger(__name__)
 KIND = "odvla index"
 SCHEMA_VERSION = 3  # raised with every change of the arrays' names, units or meaning
+Arrays = dict[str, NDArray[Any]]
 Sources = dict[str, list[int]]  # file relative to the root -> size in bytes, time in ns
 
 
@@ -116,7 +120,8 @@ def writable(folder: Path) -> bool:
 def build_index(root: Path, version: str, out: Path, progress: Progress | None = None) -> Index:
     """Read a root's tables, maps and CAN bus and write its index.
 
-    The file appears whole or not at all; after a kill the same call starts again.
+    The file appears whole or not at all. Each step of a build is kept beside it until then; after
+    a kill the same call goes on with the step that was not finished.
 
     Args:
         root: the data root.
@@ -127,25 +132,59 @@ def build_index(root: Path, version: str, out: Path, progress: Progress | None =
     Raises:
         UserError: anything missing or inconsistent; the sentence names it.
     """
-    from datamodules.index_build import index_arrays
+    from datamodules.index_build import index_steps
 
     check_version(root, version)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial_path(out).unlink(missing_ok=True)
     # Before reading: a table that changes meanwhile makes the index stale, not wrong.
     sources = sources_of(root, version)
-    arrays = index_arrays(open_tables(root, version, progress), root, version, progress)
     metadata = {
         "kind": KIND,
         "schema_version": str(SCHEMA_VERSION),
         "version": version,
         "fingerprint": fingerprint(sources),
-        "sources": json.dumps(sources),
     }
+    steps = index_steps(lambda: open_tables(root, version, progress), root, version, progress)
+    folder = out.with_name(f".{out.name}.steps")
+    arrays = _in_steps(steps, folder, metadata)
     if progress is not None:
         progress("writing", 0, 1)
-    write_columns(out, arrays, metadata)
+    write_columns(out, arrays, {**metadata, "sources": json.dumps(sources)})
+    shutil.rmtree(folder, ignore_errors=True)
     return map_index(out, root)
+
+
+def _in_steps(
+    steps: Mapping[str, Callable[[Arrays], Arrays]], folder: Path, facts: dict[str, str]
+) -> Arrays:
+    """Take the steps of a build that a folder does not have, and put them there.
+
+    Args:
+        steps: each takes the arrays of those before it.
+        folder: where they are kept.
+        facts: what they are made from; a step that was made from something else is made anew.
+    """
+    folder.mkdir(exist_ok=True)
+    arrays: Arrays = {}
+    for name, step in steps.items():
+        file = folder / f"{name}.arrow"
+        made = _finished(file, facts)
+        if made is None:
+            made = step(arrays)
+            write_columns(file, made, facts)
+        else:
+            log.info("%s was made before, by a build that did not come to its end", name)
+        arrays |= made
+    return arrays
+
+
+def _finished(file: Path, facts: dict[str, str]) -> Arrays | None:
+    try:
+        step = open_columns(file)
+    except UserError:
+        return None
+    return step.arrays if step.metadata == facts else None
 
 
 def map_index(file: Path, root: Path) -> Index:

@@ -7,6 +7,7 @@ object's position, so the answer ends with the centre of the box in the lidar fr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from datamodules.joining import ELSEWHERE, Join, JoinReport
 from datamodules.picking import ConversationSource
 from datamodules.records import Index
 from datamodules.subset import chosen
+from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
 
@@ -72,6 +74,23 @@ class TOD3CapConfig(LanguageDataConfig):
     """Settings of TOD3CapDataModule."""
 
     caption_file: str = "final_caption_bbox_token.json"
+    # So many records of that file may not fit. Each is named, left out and counted.
+    broken_captions: int = 0
+
+    def __post_init__(self) -> None:
+        """Check values.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        super().__post_init__()
+        if self.broken_captions < 0:
+            raise UserError(f"data.broken_captions must be 0 or more, not {self.broken_captions}")
+
+    def ensure_table(self, index: Index) -> Path:
+        """The table of captions of a root, made if there is none that fits; see there."""
+        path = self.language_folder / self.caption_file
+        return ensure_table(path, index, broken=self.broken_captions)
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None
@@ -88,7 +107,7 @@ class TOD3CapDataModule(LanguageDataModule):
     def prepare_data(self) -> None:
         """Make the index and the table of captions, where there are none."""
         super().prepare_data()
-        ensure_table(self.config.language_folder / self.config.caption_file, self.index)
+        self.config.ensure_table(self.index)
 
     def make_source(self, split: str) -> ObjectCaptions:
         """Captions of the objects near the car."""
@@ -108,7 +127,7 @@ def object_captions(data: LanguageDataModule, split: str) -> ObjectCaptions:
     config, index = data.config, data.index
     assert isinstance(config, TOD3CapConfig)
     path = config.language_folder / config.caption_file
-    table = open_table(ensure_table(path, index))
+    table = open_table(config.ensure_table(index))
     join = data.join(path, split, all_splits=True)
     kept = _joined(table, join)
     near = kept.copy()
@@ -132,7 +151,11 @@ def object_captions(data: LanguageDataModule, split: str) -> ObjectCaptions:
 def _joined(table: CaptionTable, join: Join) -> NDArray[np.bool_]:
     """[K] captions in key-frames that are wanted; the others are counted."""
     elsewhere, first = table.elsewhere
-    join.records = len(table.row) + len(table.missing_frame) + elsewhere
+    broken = table.broken
+    join.records = len(table.row) + len(table.missing_frame) + elsewhere + len(broken)
+    # What they are about is not to be relied on: they count as left out of every split.
+    for _, token, problem in broken:
+        join.leave_out(f"it does not fit ({problem})", token)
     join.leave_out(ELSEWHERE, first, elsewhere)
     verdicts = join.verdicts[table.frame]
     missing = join.verdicts[table.missing_frame]

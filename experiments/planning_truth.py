@@ -20,7 +20,7 @@ from datamodules.road_users import RoadUsers, road_users
 from odvla.errors import UserError
 from odvla.metrics.collisions import Traffic, collisions
 from odvla.metrics.planning import PlanningMetric
-from odvla.metrics.protocol import ProtocolCard
+from odvla.metrics.protocol import DATA_ROOT, ProtocolCard
 from odvla.types import COMMANDS, DETECTION_CLASSES, STEP_S, EgoState
 
 CHUNK = 256  # samples whose rasters are in memory at once (62 MB)
@@ -75,14 +75,28 @@ def planning_split(frames: Iterable[EvaluationFrame]) -> PlanningSplit:
     )
 
 
+@dataclass(frozen=True)
+class GivenRasters:
+    """Rasters that somebody's file holds instead of ours."""
+
+    source: str  # what stands for their content
+    of: Callable[[str], NDArray[np.bool_]]  # token -> [6, 200, 200] as the metric reads them
+
+
 @dataclass
 class PlanningTruth:
-    """The ground truth of a split, read piece by piece as protocols ask for it."""
+    """The ground truth of a split, read piece by piece as protocols ask for it.
+
+    `source` stands for a file that driven paths and masks of the split were taken from, `rasters`
+    are those of files, by whom they show; what no file has is computed from the data root.
+    """
 
     data: NuScenesDataModule
     split: PlanningSplit
     split_name: str = "val"
     _driven: dict[str, Tensor] = field(default_factory=dict)
+    source: str = DATA_ROOT
+    rasters: Mapping[str, GivenRasters] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: NuScenesDataModule, split: str = "val") -> PlanningTruth:
@@ -97,11 +111,18 @@ class PlanningTruth:
         """Of some of the key-frames."""
         picked = torch.tensor(rows, dtype=torch.long)
         driven = {name: path[picked] for name, path in self._driven.items()}
-        return PlanningTruth(self.data, self.split.rows(rows), self.split_name, driven)
+        return replace(self, split=self.split.rows(rows), _driven=driven)
+
+    def card(self, card: ProtocolCard) -> ProtocolCard:
+        """A protocol's card with where this truth is from."""
+        given = self.rasters.get(card.occupancy) if card.geometry == "raster" else None
+        if given is not None:
+            card = replace(card, traffic=given.source)
+        return card if self.source == DATA_ROOT else replace(card, driven="file", truth=self.source)
 
     def driven(self, card: ProtocolCard) -> Tensor:
         """Driven paths [S, 6, 2] of the point that a protocol follows."""
-        if card.driven == "lidar":
+        if card.driven == "lidar" or self.source != DATA_ROOT:
             return self.split.waypoints
         if card.driven not in self._driven:
             height_m = DRIVEN_POINTS[card.driven]
@@ -141,12 +162,17 @@ class PlanningTruth:
         if occupancy == "every_box":
             raise UserError("a protocol with occupancy every_box needs geometry polygons")
         pedestrians = occupancy == "vehicles+pedestrians"
+        given = self.rasters.get(occupancy)
         rasters: NDArray[np.bool_] | None = None
         for row, token in enumerate(tokens):
-            cells = self.data.occupancy(token, pedestrians=pedestrians).numpy()
+            if given is not None:
+                cells = given.of(token)
+            else:
+                found = self.data.occupancy(token, pedestrians=pedestrians).numpy()
+                cells = metric_orientation(found)
             if rasters is None:
                 rasters = np.empty((len(tokens), *cells.shape), dtype=bool)
-            rasters[row] = metric_orientation(cells)
+            rasters[row] = cells
         return torch.from_numpy(rasters)
 
 
@@ -192,12 +218,16 @@ class GroundTruthCheck:
         """Check some samples under one protocol.
 
         Raises:
-            UserError: the L2 is not 0, or a collision was counted on the driven path.
+            UserError: the L2 is not 0, a collision was counted on the driven path, or no sample
+                counts under the protocol.
         """
         one = PlanningMetric(self.metrics[name].card, sync_on_compute=False)
         # The plans are a copy: nothing of the metric can compare a thing with itself.
         one.update(tokens, driven.clone(), driven, mask, traffic)
-        found = one.samples()
+        try:
+            found = one.samples()
+        except ValueError as error:
+            raise UserError(f"the ground truth under {name!r}: {error}") from error
         if float(found.l2_m.max()) > 0 or bool(found.hits.any()):
             raise UserError(
                 f"the ground truth scored against itself under {name!r} has an L2 of up to "

@@ -15,7 +15,9 @@ from experiments.plan_submission import plan_set
 from experiments.planning_scores import planning_tables, sample_records, score_planners
 from experiments.planning_truth import PlanningTruth
 from experiments.report import Report, ResultTable, without_nan
+from experiments.road_boundary import BOUNDARY_OF, score_boundary
 from experiments.submissions import Submission, read_submission
+from experiments.truth_files import TruthFiles, truth_of_files
 from odvla.errors import UserError
 from odvla.metrics.protocol import ProtocolCard, protocols_of
 from odvla.weights import write_atomically
@@ -38,6 +40,8 @@ class ScoreRequest:
     name: str = ""
     references: Path | None = None  # of captions and answers that bring none
     bert: Path | None = None  # local model for BERTScore
+    truth: TruthFiles = field(default_factory=TruthFiles)  # instead of the root's
+    broken_captions: int = 0  # so many of TOD3Cap's records may not fit
     beyond: bool = True  # with the open-loop approximations of closed-loop scores
 
 
@@ -68,9 +72,13 @@ def score(request: ScoreRequest) -> Found:
     Raises:
         UserError: the file or the root is not usable; the sentence says why.
     """
+    if request.broken_captions < 0:
+        raise UserError(f"--broken-captions must be 0 or more, not {request.broken_captions}")
     submission = read_submission(request.predictions)
     if submission.kind == "plans":
         return score_plans(request, submission)
+    if request.truth and not _talks_of_plans(submission):
+        raise UserError(f"--truth is for plans, and {submission.path} holds none")
     if submission.kind == "language":
         from experiments.score_language import score_language
 
@@ -104,10 +112,13 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     protocols = _protocols(request)
     data = open_data(request.data, request.version)
     truth = PlanningTruth.of(data, request.split)
+    truth, of_files = truth_of_files(truth, request.truth)
+    protocols = {name: truth.card(card) for name, card in protocols.items()}
+    _refuse_unused(truth, request.truth, protocols)
     tables: list[ResultTable] = []
     planning: dict[str, Any] = {}
     samples: dict[str, dict[str, Any]] = {}
-    said: list[str] = []
+    said = [sentence for counts in of_files for sentence in counts.sentences()]
     numbers: dict[str, Any] = {
         "predictions": str(submission.path),
         "data": str(request.data),
@@ -116,6 +127,8 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
         "frame": request.frame,
         "planning": planning,
     }
+    if of_files:
+        numbers["truth"] = [counts.as_dict() for counts in of_files]
     # Texts and lengths read strictly and with repairs are two sets of plans.
     for repair in sorted({card.parse == "repair" for card in protocols.values()}):
         cards = {n: card for n, card in protocols.items() if (card.parse == "repair") == repair}
@@ -125,6 +138,9 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
         found = score_planners(truth, [plans], cards)
         tables += planning_tables(found, {plans.name: plans.readable_percent})
         planning |= {name: scored.as_dict() for name, scored in found[plans.name].items()}
+        if BOUNDARY_OF in cards:
+            table, numbers["boundary"] = score_boundary(truth, plans)
+            tables += [] if table is None else [table]
         for record in sample_records(truth, plans, found[plans.name]):
             _merge(samples.setdefault(record["sample_token"], {}), record)
         numbers["counts"] = counts.as_dict()
@@ -139,12 +155,36 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     return Found(Report(title, tuple(tables), numbers), tuple(said), list(samples.values()))
 
 
+def _talks_of_plans(submission: Submission) -> bool:
+    """Whether some of its answers are OmniDrive's plans."""
+    from experiments.score_omnidrive import KIND
+
+    return any(record.get("kind") == KIND for record in submission.records)
+
+
 def _protocols(request: ScoreRequest) -> Mapping[str, ProtocolCard]:
     cards = protocols_of(request.protocols or DEFAULT_PROTOCOLS)
     if not request.missing:
         return cards
     changed: dict[str, Any] = {"missing": request.missing}
     return {name: replace(card, **changed) for name, card in cards.items()}
+
+
+def _refuse_unused(
+    truth: PlanningTruth, files: TruthFiles, protocols: Mapping[str, ProtocolCard]
+) -> None:
+    """Stop where a file of rasters would change nothing.
+
+    Raises:
+        UserError: no protocol asks for those whom it shows.
+    """
+    used = {card.traffic for card in protocols.values()}
+    for others, rasters in truth.rasters.items():
+        if rasters.source not in used:
+            raise UserError(
+                f"no protocol asked for ({', '.join(protocols)}) uses rasters of {others}, which "
+                f"{' and '.join(map(str, files.rasters))} would give"
+            )
 
 
 def _merge(into: dict[str, Any], record: dict[str, Any]) -> None:

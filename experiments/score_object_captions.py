@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datamodules.caption_table import ensure_table, open_table
+from datamodules.caption_table import CaptionTable, ensure_table, open_table
 from datamodules.tod3cap import TOD3CapConfig
 from experiments.report import Report, ResultTable
 from experiments.submissions import Submission, coverage
@@ -36,7 +36,9 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
     frames = data.frame_numbers(request.split)
     wanted = [data.index.frames[number].token for number in frames]
     counts, said = coverage(submission, wanted)
-    annotated = _annotated(data, path, set(frames))
+    captions = open_table(ensure_table(path, data.index, broken=request.broken_captions))
+    said += [f"{path}, {token}: {problem}; it is left out" for _, token, problem in captions.broken]
+    annotated = _annotated(data, captions, set(frames))
     if not annotated:
         raise UserError(f"{path} holds no caption of the {request.split} split of {request.data}")
     known = set(wanted)
@@ -85,11 +87,12 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
     return Found(Report(title, (table,), numbers), tuple(said))
 
 
-def _annotated(data: NuScenesDataModule, path: Path, frames: set[int]) -> list[ObjectCaption]:
+def _annotated(
+    data: NuScenesDataModule, table: CaptionTable, frames: set[int]
+) -> list[ObjectCaption]:
     """Captioned boxes of some key-frames."""
     index = data.index
     boxes = []
-    table = open_table(ensure_table(path, index))
     for number in sorted(frames):
         token = index.frames[number].token
         for caption in range(*table.first[number : number + 2].tolist()):

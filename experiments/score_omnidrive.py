@@ -19,6 +19,7 @@ from experiments.plan_submission import plan_set
 from experiments.planning_scores import planning_tables, score_planners
 from experiments.planning_truth import PlanningTruth
 from experiments.report import ResultTable
+from experiments.road_boundary import score_boundary
 from experiments.submissions import Submission, answer_counts
 from odvla.errors import UserError
 from odvla.language.omnidrive_plan import parse_rear_axle_plan
@@ -85,7 +86,11 @@ def evaluate_omnidrive_plans(
     found = score_planners(truth, [plans], protocols_of([PROTOCOL]))
     tables = planning_tables(found, {plans.name: plans.readable_percent})
     scores = {name: scored.as_dict() for name, scored in found[plans.name].items()}
-    return tables, {KIND: {**scores, "unreadable": failures, "counts": counts.as_dict()}}
+    boundary, off_road = score_boundary(truth, plans)
+    if boundary is not None:
+        tables = (*tables, boundary)
+    beside = {"boundary": off_road, "unreadable": failures, "counts": counts.as_dict()}
+    return tables, {KIND: {**scores, **beside}}
 
 
 def score_omnidrive_plans(

@@ -132,8 +132,13 @@ class ForeignFile:
     more: tuple[str, ...] = ()  # fields of its records that the format does not have
 
 
-def read_file(path: Path, form: Format) -> ForeignFile:
+def read_file(path: Path, form: Format, *, bare: bool = False) -> ForeignFile:
     """Read a file and check every record.
+
+    Args:
+        path: the file.
+        form: what it should hold.
+        bare: paths and masks may be [6, 2] instead of [1, 6, 2], as some have them.
 
     Raises:
         UserError: the file is missing, refused, broken or of another form, or a record does not
@@ -156,8 +161,17 @@ def read_file(path: Path, form: Format) -> ForeignFile:
             raise UserError(f"{path}: a key must be a sample token, not {token!r:.80}")
         if form.nested and isinstance(record, dict):
             more |= dict.fromkeys(set(record) - {f.name for f in fields} - {"cams", "sweeps"})
+        if bare and _is_bare(record):
+            record = [record]
         records[token] = _checked(record, form, fields, path, token)
     return ForeignFile(path, form, records, version, tuple(sorted(map(str, more))))
+
+
+def _is_bare(record: Any) -> bool:
+    """Whether it is six steps without anything around them."""
+    if isinstance(record, np.ndarray):
+        return record.ndim == 2
+    return isinstance(record, list) and len(record) == WAYPOINTS
 
 
 def _listed(content: Any, path: Path) -> tuple[dict[str, Any], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.verbs.parser import Verbs, add_verb, quiet_libraries, wide_console
+from experiments.verbs.parser import PROGRAM, Verbs, add_verb, quiet_libraries, wide_console
 
 FRAMES = ("lidar", "ego", "swapped", "mirrored", "offsets")
 
@@ -16,7 +16,8 @@ def add(verbs: Verbs) -> None:
         verbs,
         "score",
         "score anybody's predictions on a data root",
-        "score plans.pkl --data data/nuscenes --protocol uniad --protocol stp3 --out scores",
+        "score plans.pkl --data data/nuscenes --protocol uniad --protocol stp3 --out scores\n"
+        f"         python {PROGRAM} score plans.pkl --data data/nuscenes --truth gt/gt_traj.pkl",
         score_predictions,
     )
     score.add_argument(
@@ -46,7 +47,35 @@ def add(verbs: Verbs) -> None:
         choices=("left_out", "standing_still", "stop"),
         help="what becomes of key-frames without a plan (default: as the protocol has it)",
     )
+    score.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FILE",
+        help="driven paths of somebody's gt_traj.pkl instead of those computed from the data root",
+    )
+    score.add_argument(
+        "--truth-mask",
+        type=Path,
+        metavar="FILE",
+        help="where they are known (default: gt_traj_mask.pkl beside them)",
+    )
+    score.add_argument(
+        "--truth-rasters",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="planing_gt_segmentation_val or vad_gt_seg.pkl instead of our own rasters; may be "
+        "given again",
+    )
     score.add_argument("--references", type=Path, metavar="FILE", help="answers to compare with")
+    score.add_argument(
+        "--broken-captions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="so many records of TOD3Cap's file may not fit; each is named (default: 0)",
+    )
     score.add_argument("--bert", type=Path, metavar="DIR", help="local model for BERTScore")
     score.add_argument("--name", default="", help="of the planner, in tables")
     score.add_argument("--out", type=Path, metavar="DIR", help="results.json and table.md go here")
@@ -81,6 +110,7 @@ def report_results(options: argparse.Namespace) -> None:
 def score_predictions(options: argparse.Namespace) -> None:
     """Read, score, print, write."""
     from experiments.score import ScoreRequest, score
+    from experiments.truth_files import TruthFiles
 
     quiet_libraries()
     request = ScoreRequest(
@@ -94,6 +124,8 @@ def score_predictions(options: argparse.Namespace) -> None:
         name=options.name,
         references=options.references,
         bert=options.bert,
+        truth=TruthFiles(options.truth, options.truth_mask, tuple(options.truth_rasters)),
+        broken_captions=options.broken_captions,
     )
     console = wide_console()
     with console.status("scoring"):

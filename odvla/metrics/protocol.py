@@ -23,7 +23,8 @@ Samples = Literal["reference", "complete_only", "valid_steps"]
 Parse = Literal["strict", "repair"]
 Unreadable = Literal["standing_still", "left_out", "stop"]
 Missing = Literal["left_out", "standing_still", "stop"]
-DrivenPoint = Literal["lidar", "uniad"]
+DrivenPoint = Literal["lidar", "uniad", "file"]
+DATA_ROOT = "data root"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class ProtocolCard:
         unreadable: what becomes of a plan that cannot be read, has the wrong length or is not
             finite.
         missing: what becomes of a sample nobody planned for.
-        driven: the path of LIDAR_TOP, or of the point below it that UniAD's labels follow.
+        driven: the path of LIDAR_TOP, or of the point below it that UniAD's labels follow; "file":
+            of whatever somebody's file of driven paths follows.
+        truth: where driven paths and masks are from: computed from the data root, or a file,
+            which stands here by a hash of what was used of it.
+        traffic: the same for those whom a plan may collide with.
         ego_status: whether the planner was told its velocity and history.
     """
 
@@ -61,6 +66,8 @@ class ProtocolCard:
     unreadable: Unreadable = "standing_still"
     missing: Missing = "left_out"
     driven: DrivenPoint = "lidar"
+    truth: str = DATA_ROOT
+    traffic: str = DATA_ROOT
     ego_status: str = "not stated"
 
     def as_dict(self) -> dict[str, str]:
@@ -71,11 +78,14 @@ class ProtocolCard:
     def from_dict(cls, content: Any, where: str) -> ProtocolCard:
         """A card that was written by `as_dict`.
 
+        Cards from before truth could be a file do not say where theirs is from: the data root.
+
         Raises:
             UserError: it is no card; the sentence names `where`.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
+        later = {"truth", "traffic"}
+        if not isinstance(content, dict) or set(content) | later != names:
             raise UserError(f"{where} has no whole protocol card ({', '.join(sorted(names))})")
         return cls(**content)
 
@@ -97,17 +107,21 @@ class ProtocolCard:
             "stop": "not accepted",
         }
         place = "raster of 0.5 m cells" if self.geometry == "raster" else "annotated boxes"
+        others = self.occupancy.replace("_", " ")
+        if self.traffic != DATA_ROOT:
+            others += f" from a file ({self.traffic})"
+        path = _POINTS[self.driven] + (f" ({self.truth})" if self.truth != DATA_ROOT else "")
         return (
             f"L2 {over[self.l2]}; collision {over[self.collision]} of the {self.shape} "
-            f"({self.ego_box}) with the {place} of {self.occupancy.replace('_', ' ')}, where the "
+            f"({self.ego_box}) with the {place} of {others}, where the "
             f"driven path is free; average over {samples[self.samples]}; texts are read "
             f"{'strictly' if self.parse == 'strict' else 'with repairs'}, what cannot be read is "
-            f"{unreadable[self.unreadable]}; driven path of {_POINTS[self.driven]}; ego status "
+            f"{unreadable[self.unreadable]}; driven path of {path}; ego status "
             f"{self.ego_status}."
         )
 
 
-_POINTS = {"lidar": "LIDAR_TOP", "uniad": "UniAD's box bottom"}
+_POINTS = {"lidar": "LIDAR_TOP", "uniad": "UniAD's box bottom", "file": "a file"}
 
 _REFERENCE: dict[str, Any] = {"samples": "reference", "driven": "uniad", "parse": "repair"}
 # Names are what the code bases do, read in their evaluation code (sources in docs/evaluation.md).

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules import caption_stream
 from datamodules.agents import learnable_mask, learnable_rows
-from datamodules.caption_stream import stream_records
+from datamodules.caption_stream import CaptionStream
 from datamodules.caption_table import ensure_table, open_table
 from datamodules.columns import write_columns
 from datamodules.index_file import SCHEMA_VERSION, cache_folder, load_index, map_index
@@ -61,7 +61,7 @@ def test_streaming_reads_what_json_reads(tmp_path, monkeypatch, chunk, indent):
     path.write_text(json.dumps({f"t{k}": _record(k, f"s{k}") for k in range(20)}, indent=indent))
     whole = json.loads(path.read_text())
     expected = [(t, r["sample_token"], r["final_caption"]) for t, r in whole.items()]
-    assert list(stream_records(path)) == expected
+    assert list(CaptionStream(path)) == expected
 
 
 def _shuffled(index, path, seed=0):
@@ -120,7 +120,7 @@ def test_a_table_is_made_once_and_again_when_the_file_changes(index, tmp_path):
 
 def _peak(path):
     tracemalloc.start()
-    count = sum(1 for _ in stream_records(path))
+    count = sum(1 for _ in CaptionStream(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return count, peak
@@ -195,6 +195,28 @@ def _cases():
     ]
 
 
+@pytest.mark.parametrize("chunk", [7, 64, 500, 1 << 18])
+def test_a_stream_goes_on_behind_any_record(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(caption_stream, "CHUNK", chunk)
+    path = tmp_path / "captions.json"
+    records = {f"tök{k}": _record(k, f"s{k}") for k in range(9)}
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    whole, content = list(CaptionStream(path)), path.read_bytes()
+    stream = CaptionStream(path)
+    for number, row in enumerate(stream, 1):
+        assert row == whole[number - 1]
+        assert json.loads(content[: stream.offset] + b"}")[row[0]]["final_caption"] == row[2]
+        assert list(CaptionStream(path, stream.offset)) == whole[number:]
+    assert list(CaptionStream(path, stream.offset)) == []
+
+
+def test_a_number_that_a_chunk_cuts_is_one_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_stream, "CHUNK", 8)
+    path = tmp_path / "captions.json"
+    path.write_text('{"a": 1234567}')
+    assert [one.token for one in CaptionStream(path)] == ["a"]
+
+
 @pytest.mark.parametrize(("text", "message"), _cases())
 def test_what_does_not_fit_is_named_and_leaves_no_table(index, tmp_path, text, message):
     path = tmp_path / "captions.json"
@@ -210,5 +232,7 @@ def test_a_second_caption_of_an_annotation_is_named(index, tmp_path):
     token = index.annotations.token[3].decode()
     record = json.dumps(_record(0, index.frames[int(index.annotations.frame[3])].token))
     path.write_text(f'{{"{token}": {record}, "{token}": {record}}}')
-    with pytest.raises(UserError, match=rf"{token}: 1 annotation\(s\) have a second caption"):
+    with pytest.raises(
+        UserError, match=f"{token}: its annotation has a second caption; it is the first of 1"
+    ):
         ensure_table(path, index)

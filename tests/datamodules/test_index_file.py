@@ -1,13 +1,14 @@
 """The index file: the devkit's records, number for number; and what is refused."""
 
+import itertools
 import json
 import os
 import pickle
 import shutil
+import signal
 import stat
-import subprocess
-import sys
 from dataclasses import fields, is_dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,8 @@ import pytest
 import torch
 from nuscenes.nuscenes import NuScenes
 
-from datamodules import index_file
-from datamodules.columns import open_columns, partial_path, write_columns
+from datamodules import columns, index_file
+from datamodules.columns import open_columns, write_columns
 from datamodules.index_build import index_arrays
 from datamodules.index_file import (
     build_index,
@@ -232,26 +233,54 @@ def test_foreign_and_damaged_indexes_are_refused(root, shared, tmp_path):
     assert map_index(ensure_index(root, "v1.0-mini"), root).frames[0].position == 0
 
 
-def test_a_killed_build_leaves_no_junk_and_starts_again(root):
-    """The process dies while it writes."""
-    file = root / "odvla-index-v1.0-mini.arrow"
-    code = (
-        "import os, sys, signal\n"
-        "import pyarrow as pa\n"
-        "from pathlib import Path\n"
-        "from datamodules import columns\n"
-        "from datamodules.index_file import build_index\n"
-        "def killed(*_):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "columns.os.fsync = killed\n"
-        "build_index(Path(sys.argv[1]), 'v1.0-mini', Path(sys.argv[2]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(root), str(file)], check=False)
-    assert done.returncode == -9
-    assert not file.exists()
-    assert partial_path(file).exists()
-    assert ensure_index(root, "v1.0-mini") == file
-    assert not partial_path(file).exists()
+def _die_writing(root, out, file):
+    """Build an index, and be killed when file number `file` is written but has no name yet."""
+    written = itertools.count(1)
+
+    def fsync(descriptor):
+        if next(written) == file:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    columns.os.fsync = fsync
+    build_index(root, "v1.0-mini", out)
+
+
+# Three steps, and the index itself.
+@pytest.mark.parametrize("file", [1, 2, 3, 4])
+def test_a_killed_build_goes_on_and_leaves_no_junk(root, tmp_path, monkeypatch, file):
+    whole = tmp_path / "whole.arrow"
+    build_index(root, "v1.0-mini", whole)
+    place = root / "odvla-index-v1.0-mini.arrow"
+    # Forked: another interpreter would take seconds to import the same things.
+    child = get_context("fork").Process(target=_die_writing, args=(root, place, file))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert not place.exists()
+    steps = sorted(path.stem for path in root.glob(".*.steps/*.arrow") if path.stem[0] != ".")
+    assert len(steps) == file - 1
+    assert len(list(root.rglob(".*.partial"))) == 1
+    read = []
+    tables = index_file.open_tables
+    monkeypatch.setattr(index_file, "open_tables", lambda *a: read.append(1) or tables(*a))
+    assert ensure_index(root, "v1.0-mini") == place
+    assert len(read) == (file == 1)
+    assert place.read_bytes() == whole.read_bytes()
+    assert not list(root.glob(".*"))
+
+
+def test_steps_of_other_data_do_not_count(root, tmp_path):
+    child = get_context("fork").Process(target=_die_writing, args=(root, tmp_path / "i.arrow", 4))
+    child.start()
+    child.join(60)
+    table = root / "v1.0-mini" / "scene.json"
+    scenes = json.loads(table.read_text())
+    scenes[0]["description"] = "Another one"
+    table.write_text(json.dumps(scenes))
+    index = build_index(root, "v1.0-mini", tmp_path / "i.arrow")
+    assert index.scenes[0].description == "Another one"
+    build_index(root, "v1.0-mini", tmp_path / "whole.arrow")
+    assert (tmp_path / "i.arrow").read_bytes() == (tmp_path / "whole.arrow").read_bytes()
 
 
 def test_columns_of_every_kind_come_back(tmp_path):

@@ -94,6 +94,7 @@ def test_a_stage_is_trained_again_only_for_what_concerns_it():
     ):
         assert changed(language) == list(STAGES[2:])
     speed = ("data.num_workers=2", "stages.planning.checkpoint_every=3", "data.root=/elsewhere")
+    assert changed("data.alignment.broken_captions=3") == []
     assert changed(*speed, "trainer.accelerator=gpu", "baseline.epochs=3", "pictures=0") == []
 
 

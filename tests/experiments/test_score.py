@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,6 +293,18 @@ def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_
     rest = found["object_captions"]["0.5"]
     assert (rest["kept"], rest["predictions"]) == (len(tokens) - 1, len(tokens))
     assert found["counts"]["n_extra"] == 0
+
+    # References that do not fit stop the score, or are left out and named.
+    odd = next(iter(captions))
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(captions | {odd: {**captions[odd], "final_caption": ""}}))
+    request = ScoreRequest(path, town_root, references=broken)
+    with pytest.raises(UserError, match=f"{odd}: field 'final_caption' .*--broken-captions"):
+        score(request)
+    said = score(replace(request, broken_captions=1)).said
+    assert any(f"{odd}: field 'final_caption'" in sentence for sentence in said)
+    with pytest.raises(UserError, match=r"--broken-captions must be 0 or more, not -1"):
+        score(replace(request, broken_captions=-1))
 
     for size in ([1.0, 2.0], [1.0, 2.0, float("inf")], [1.0, 2.0, float("nan")]):
         path.write_text(json.dumps([{**plain[0], "size": size}]))

@@ -86,7 +86,7 @@ def test_the_pipeline_has_the_same_numbers(data, town_root, tmp_path):
     tables, numbers = evaluate_omnidrive_plans(data, records, path)
     scored = score(request(path, town_root)).report.numbers["planning"]["omnidrive"]
     assert numbers["omnidrive_plan"]["omnidrive"]["l2_steps_m"] == scored["l2_steps_m"]
-    assert len(tables) == 1
+    assert len(tables) == 2  # the plans, and how often they leave the road
     _, told = evaluate_language(records, "instruction")
     assert list(told["captions"]) == ["omnidrive"]
     only_texts = [record for record in records if record["kind"] == "omnidrive"]
@@ -164,3 +164,23 @@ def test_other_protocols_may_be_asked_for(data, town_root, tmp_path):
     assert set(planning) == {"vad", "omnidrive"}
     for numbers in planning.values():
         assert max(numbers["l2_steps_m"]) < 0.012
+
+
+def test_leaving_the_road_is_counted_as_omnidrive_does(data, town_root, tmp_path):
+    """Plans 30 m to the left of the way are off most roads; the way itself is not."""
+    path = write_lines(tmp_path / "p.jsonl", predictions(data, off_by(data, 0.0, 30.0)))
+    found = score(request(path, town_root))
+    boundary = found.report.numbers["boundary"]
+    count = found.report.numbers["planning"]["omnidrive"]["n_samples"]
+    assert boundary["samples"] + boundary["without_map"] == count
+    planned, driven = boundary[path.name], boundary["driven path"]
+    assert planned["boundary_1s"] > 0.5
+    assert planned["boundary_1s"] <= planned["boundary_2s"] <= planned["boundary_3s"] <= 1
+    assert driven["boundary_3s"] < 0.1
+    table = next(t for t in found.report.tables if t.title.startswith("Off the drivable"))
+    assert table.rows[0][1][0] == pytest.approx(100 * planned["boundary_1s"])
+    plain = write_lines(tmp_path / "plain.jsonl", predictions(data))
+    same = score(request(plain, town_root)).report.numbers["boundary"]
+    assert same[plain.name] == pytest.approx(same["driven path"], abs=0.05)
+    _, told = evaluate_omnidrive_plans(data, predictions(data), tmp_path)
+    assert told["omnidrive_plan"]["boundary"]["driven path"] == driven
