@@ -286,21 +286,21 @@ class NuScenesDataModule(lightning.LightningDataModule):
         return ResumableLoader(batch_sampler=batches, **settings)
 
     def train_clips(
-        self, known: Container[int] = (), *, batches: slice | None = None
+        self, known: Container[int] = (), *, place: tuple[int, int] = (0, 1)
     ) -> DataLoader:
         """Every clip that training may draw, in order, without conversations.
 
         Args:
             known: frames that need not be given; a batch is left out where all of its are.
-            batches: which of the batches, counted before any is left out; None: this process's.
+            place: rank and number of processes that share out what is left.
         """
-        rank, world_size = self._place()
         frames, size = self.frame_numbers("train"), self.config.batch_size
         groups = [frames[k : k + size] for k in range(0, len(frames), size)]
+        wanted = [group for group in groups if not all(frame in known for frame in group)]
+        rank, world_size = place
         requests = [
             [ClipRequest(frame, self.config.clip_length) for frame in group]
-            for group in groups[batches or slice(rank, None, world_size)]
-            if not all(frame in known for frame in group)
+            for group in wanted[rank::world_size]
         ]
         return PlainLoader(batch_sampler=requests, **self._loader_settings("train"))
 
@@ -317,24 +317,21 @@ class NuScenesDataModule(lightning.LightningDataModule):
         split: str,
         *,
         talk: bool = True,
-        everything: bool = False,
-        known: Container[int] = (),
+        known: Container[int] | None = None,
+        place: tuple[int, int] | None = None,
     ) -> DataLoader:
         """Any split streamed as in evaluation.
 
         Args:
             split: train, val or test.
             talk: with the conversations about its key-frames.
-            everything: in every process all scenes, not this process's part of them.
-            known: frames that need not be given; scenes that run side by side are left out where
-                all of theirs are.
+            known: frames that need not be given, see StreamBatchSampler.
+            place: rank and number of the processes that share out the scenes; None: as in training.
         """
-        place = (0, 1) if everything else self._place()
         bounds = [(scene.first, scene.last) for scene in self.scenes(split)]
         picker = self.picker(split) if talk else Picker(self.index, self.frame_numbers(split))
-        batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place)
-        if known:
-            batches.leave_out(known)
+        place = place or self._place()
+        batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place, known)
         return PlainLoader(batch_sampler=batches, **self._loader_settings(split))
 
     def frame(
