@@ -27,7 +27,7 @@ from datamodules.frames import FrameLoader
 from datamodules.image_geometry import ImageGeometry
 from datamodules.index_file import ensure_index, load_index
 from datamodules.map_raster import map_targets
-from datamodules.occupancy import FrameOccupancy
+from datamodules.occupancy import FrameOccupancy, traffic_targets
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index, SceneRecord
 from datamodules.sampling import (
@@ -43,7 +43,7 @@ from odvla.types import Batch, BevGrid, Conversation, EgoState, PlanTargets
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
-TARGETS = ("agents", "map")
+TARGETS = ("agents", "map", "traffic")
 DEFAULT_GRID = BevGrid(-32.0, -32.0, 2.0, 32, 32)
 
 
@@ -187,6 +187,7 @@ class FrameDataset(Dataset[Sample]):
                 if "agents" in targets
                 else (),
                 map=map_targets(self.index, frame, self.config.grid) if "map" in targets else None,
+                traffic=traffic_targets(self.index, frame) if "traffic" in targets else None,
             ),
             conversations,
             valid,
@@ -395,7 +396,8 @@ class NuScenesDataModule(lightning.LightningDataModule):
         return FrameOccupancy(self.index)
 
     def _available(self, record: FrameRecord) -> tuple[str, ...]:
-        return TARGETS if self.index.location(record) in self.index.maps else ("agents",)
+        mapped = self.index.location(record) in self.index.maps
+        return tuple(name for name in TARGETS if name != "map" or mapped)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""
