@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from callbacks.remember import look_at_scenes
+from callbacks.shared_work import SharedWork
 from odvla.config import config_hash, to_tree
 from odvla.errors import UserError
 from odvla.outputs import Perception
@@ -33,6 +35,8 @@ Past = Literal["scene", "clip"]
 VERIFIED_BATCHES = 2  # encoded again at every start
 # Farther off than what another device's order of summation does to tokens.
 TOLERANCE = 1e-3
+# A network disk may show another machine's files late.
+SHOWN_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -120,54 +124,104 @@ class FeatureCache:
         return {frame for frame in self.frames() if self._token(frame) in self.shards}
 
     def fill(self) -> None:
-        """Make what is missing of this process's share; what is made is on disk in the end."""
-        known = self.known()
-        missing = len(self.frames()) - len(known)
-        if not missing:
-            return
-        memory = TokenMemory(self.shards)
-        if self.settings.past == "clip":
-            passes = {"train": self.data.train_clips(known)}
-        else:
-            passes = {
-                split: self.data.stream(split, talk=False, known=known)
-                for split in ("train", "val")
-            }
-        for split, loader in passes.items():
-            bar = track(
-                loader,
-                f"caching the {split} key-frames",
-                transient=True,
-                disable=not self.settings.progress,
-            )
-            for batch, seen in self._look(bar):
-                memory.keep(batch.valid_rows(), seen)
-        self.shards.flush()
-        log.info(
-            "stage %s: %d key-frames were cached in %s",
-            self.settings.stage,
-            missing,
-            self.shards.folder,
-        )
-
-    def verify(self) -> int:
-        """Encode some key-frames again, others at every start.
-
-        Returns:
-            How many.
+        """Make what is missing, shared out over the processes; in the end each sees all of it.
 
         Raises:
-            UserError: one of them looks different now.
+            UserError: in all processes, if one of them cannot read an image, or does not see what
+                another wrote.
         """
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with (
+            Progress(
+                *columns,
+                TimeRemainingColumn(),
+                transient=True,
+                disable=not self.settings.progress,
+            ) as bar,
+            SharedWork() as work,
+        ):
+            # The first process's view decides, so that all deal out the same key-frames.
+            known = work.first_says(self.known())
+            missing = len(self.frames()) - len(known)
+            if missing:
+                task = bar.add_task("caching key-frames", total=missing)
+                work.watch = lambda done: bar.update(task, completed=done)
+                try:
+                    self._fill_share(known, work)
+                finally:
+                    self.shards.flush()
+        if missing:
+            log.info(
+                "stage %s: %d key-frames were cached in %s",
+                self.settings.stage,
+                missing,
+                self.shards.folder,
+            )
+        with SharedWork():
+            self._see_all()
+
+    def _fill_share(self, known: set[int], work: SharedWork) -> None:
+        """Make this process's part of what is missing."""
+        place, last = (work.rank, work.world_size), work.world_size - 1
+        if self.settings.past == "clip":
+            passes = [self.data.train_clips(known, place=place)]
+        else:
+            # The last process has the least of train, so it is the first to get some of val.
+            turned = (last - work.rank, work.world_size)
+            passes = [
+                self.data.stream("train", talk=False, known=known, place=place),
+                self.data.stream("val", talk=False, known=known, place=turned),
+            ]
+        memory = TokenMemory(self.shards)
+        for loader in passes:
+            for batch, seen in self._look(loader):
+                before = len(self.shards)
+                memory.keep(batch.valid_rows(), seen)
+                work.add(len(self.shards) - before)
+                if work.failed:
+                    return
+
+    def _see_all(self) -> None:
+        """Take in what the other processes wrote.
+
+        Raises:
+            UserError: something is still missing after a while.
+        """
+        started, frames = time.monotonic(), self.frames()
+        while True:
+            self.shards.refresh()
+            missing = len(frames) - len(self.known())
+            if not missing:
+                return
+            if time.monotonic() - started > SHOWN_WITHIN_S:
+                raise UserError(
+                    f"{missing} of {len(frames)} key-frames that were cached are not seen in "
+                    f"{self.shards.folder}; do all machines share the folder of runs?"
+                )
+            time.sleep(1.0)
+
+    def verify(self) -> int:
+        """Encode some key-frames again, others at every start and in every process.
+
+        Returns:
+            How many, in this process.
+
+        Raises:
+            UserError: in all processes, if one of them looks different now.
+        """
+        with SharedWork():
+            return self._verify()
+
+    def _verify(self) -> int:
         frames = self.frames()
         chosen = random.SystemRandom().choice(frames)
         others = set(frames) - {chosen}
         loader: Any
         if self.settings.past == "clip":
-            loader = self.data.train_clips(others, batches=slice(None))
+            loader = self.data.train_clips(others)
         else:
             split = "train" if chosen in set(self.data.frame_numbers("train")) else "val"
-            loader = self.data.stream(split, talk=False, everything=True, known=others)
+            loader = self.data.stream(split, talk=False, known=others, place=(0, 1))
         compared, rounded = 0, False
         for number, (batch, seen) in enumerate(self._look(loader), start=1):
             fresh: dict[str, dict[str, TokenSet]] = {}
@@ -250,8 +304,6 @@ class LearnFromCache(Callback):
             vla = self.whole.eval().to(pl_module.device)
         cache = FeatureCache.open(self.settings, vla, data, pl_module.device)
         cache.fill()
-        trainer.strategy.barrier()
-        cache.shards.refresh()
         compared = cache.verify()
         log.info("stage %s: %d cached key-frames verified", self.settings.stage, compared)
         if self.whole is not None:

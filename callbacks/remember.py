@@ -91,7 +91,7 @@ class RememberTokens(Callback):
         memory = TokenMemory()
         data = trainer.datamodule  # type: ignore[attr-defined]
         for split in ("train", "val"):
-            loader = data.stream(split, talk=False, everything=True)
+            loader = data.stream(split, talk=False, place=(0, 1))
             title = f"looking at the {split} scenes"
             bar = track(loader, title, transient=True, disable=not self.progress)
             for batch, seen in look_at_scenes(vla, bar, device):

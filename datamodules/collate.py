@@ -23,6 +23,7 @@ from odvla.types import (
     MapTargets,
     PlanTargets,
     Talk,
+    TrafficTargets,
 )
 
 _T = TypeVar("_T")
@@ -55,6 +56,7 @@ class Targets:
     plan: PlanTargets
     agents: tuple[AgentTargets, ...] = ()
     map: MapTargets | None = None
+    traffic: TrafficTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Collate:
         observations = [sample.observation for sample in samples]
         targets = [sample.targets for sample in samples]
         maps = [target.map for target in targets if target.map is not None]
+        traffic = [target.traffic for target in targets if target.traffic is not None]
         return Batch(
             clip=_join_steps([o.clip for o in observations]),
             valid=torch.tensor([sample.valid for sample in samples]),
@@ -90,6 +93,7 @@ class Collate:
             map=join_rows(maps) if maps else None,
             plan=join_rows([t.plan for t in targets]),
             talk=self._talk(samples),
+            traffic=join_rows(traffic) if traffic else None,
         )
 
     def _talk(self, samples: Sequence[Sample]) -> Talk | None:

@@ -27,7 +27,7 @@ from datamodules.frames import FrameLoader
 from datamodules.image_geometry import ImageGeometry
 from datamodules.index_file import ensure_index, load_index
 from datamodules.map_raster import map_targets
-from datamodules.occupancy import FrameOccupancy
+from datamodules.occupancy import FrameOccupancy, traffic_targets
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index, SceneRecord
 from datamodules.sampling import (
@@ -43,7 +43,7 @@ from odvla.types import Batch, BevGrid, Conversation, EgoState, PlanTargets
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
-TARGETS = ("agents", "map")
+TARGETS = ("agents", "map", "traffic")
 DEFAULT_GRID = BevGrid(-32.0, -32.0, 2.0, 32, 32)
 
 
@@ -187,6 +187,7 @@ class FrameDataset(Dataset[Sample]):
                 if "agents" in targets
                 else (),
                 map=map_targets(self.index, frame, self.config.grid) if "map" in targets else None,
+                traffic=traffic_targets(self.index, frame) if "traffic" in targets else None,
             ),
             conversations,
             valid,
@@ -288,21 +289,21 @@ class NuScenesDataModule(lightning.LightningDataModule):
         return ResumableLoader(batch_sampler=batches, **settings)
 
     def train_clips(
-        self, known: Container[int] = (), *, batches: slice | None = None
+        self, known: Container[int] = (), *, place: tuple[int, int] = (0, 1)
     ) -> DataLoader:
         """Every clip that training may draw, in order, without conversations.
 
         Args:
             known: frames that need not be given; a batch is left out where all of its are.
-            batches: which of the batches, counted before any is left out; None: this process's.
+            place: rank and number of processes that share out what is left.
         """
-        rank, world_size = self._place()
         frames, size = self.frame_numbers("train"), self.config.batch_size
         groups = [frames[k : k + size] for k in range(0, len(frames), size)]
+        wanted = [group for group in groups if not all(frame in known for frame in group)]
+        rank, world_size = place
         requests = [
             [ClipRequest(frame, self.config.clip_length) for frame in group]
-            for group in groups[batches or slice(rank, None, world_size)]
-            if not all(frame in known for frame in group)
+            for group in wanted[rank::world_size]
         ]
         return PlainLoader(batch_sampler=requests, **self._loader_settings("train"))
 
@@ -319,24 +320,21 @@ class NuScenesDataModule(lightning.LightningDataModule):
         split: str,
         *,
         talk: bool = True,
-        everything: bool = False,
-        known: Container[int] = (),
+        known: Container[int] | None = None,
+        place: tuple[int, int] | None = None,
     ) -> DataLoader:
         """Any split streamed as in evaluation.
 
         Args:
             split: train, val or test.
             talk: with the conversations about its key-frames.
-            everything: in every process all scenes, not this process's part of them.
-            known: frames that need not be given; scenes that run side by side are left out where
-                all of theirs are.
+            known: frames that need not be given, see StreamBatchSampler.
+            place: rank and number of the processes that share out the scenes; None: as in training.
         """
-        place = (0, 1) if everything else self._place()
         bounds = [(scene.first, scene.last) for scene in self.scenes(split)]
         picker = self.picker(split) if talk else Picker(self.index, self.frame_numbers(split))
-        batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place)
-        if known:
-            batches.leave_out(known)
+        place = place or self._place()
+        batches = StreamBatchSampler(bounds, self.config.eval_batch_size, picker, *place, known)
         return PlainLoader(batch_sampler=batches, **self._loader_settings(split))
 
     def frame(
@@ -400,7 +398,8 @@ class NuScenesDataModule(lightning.LightningDataModule):
         return FrameOccupancy(self.index)
 
     def _available(self, record: FrameRecord) -> tuple[str, ...]:
-        return TARGETS if self.index.location(record) in self.index.maps else ("agents",)
+        mapped = self.index.location(record) in self.index.maps
+        return tuple(name for name in TARGETS if name != "map" or mapped)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""

@@ -14,12 +14,13 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from datamodules.agents import boxes_in_lidar, rows_of
 from datamodules.poses import FloatArray
 from datamodules.records import FrameRecord, Index
-from odvla.types import DETECTION_CLASSES, WAYPOINTS, BevGrid
+from odvla.types import DETECTION_CLASSES, WAYPOINTS, BevGrid, TrafficTargets
 
 VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle", "bicycle")
 OCCUPANCY_GRID = BevGrid(-50.0, -50.0, 0.5, 200, 200)
@@ -114,6 +115,18 @@ def boxes_ahead(
         rows = rows[np.isin(index.annotations.label[rows], wanted)]
         found.append(boxes_in_lidar(index, rows, frame))
     return found
+
+
+def traffic_targets(index: Index, frame: FrameRecord) -> TrafficTargets:
+    """Boxes of all ten classes at the time of each waypoint, as one row, no padding."""
+    ahead = boxes_ahead(index, frame, DETECTION_CLASSES)
+    step = np.repeat(np.arange(len(ahead)), [len(boxes) for boxes in ahead])
+    flat = np.concatenate(ahead)[:, [0, 1, 3, 4, 6]]
+    return TrafficTargets(
+        boxes=torch.from_numpy(flat)[None],
+        step=torch.from_numpy(step)[None],
+        mask=torch.ones(1, len(flat), dtype=torch.bool),
+    )
 
 
 class FrameOccupancy:

@@ -151,6 +151,9 @@ class StreamBatchSampler(Sampler[list[ClipRequest]]):
         picker: chooses the conversations.
         rank: this process.
         world_size: number of processes.
+        known: frames that need not be given: groups in which there is no other are left out before
+            the rest is dealt, and a rank has no more batches than its own groups make. None: all
+            are given.
     """
 
     def __init__(
@@ -160,26 +163,17 @@ class StreamBatchSampler(Sampler[list[ClipRequest]]):
         picker: ConversationPicker,
         rank: int = 0,
         world_size: int = 1,
+        known: Container[int] | None = None,
     ) -> None:
         groups = -(-len(scenes) // rows)
         self.rows = -(-len(scenes) // groups) if groups else rows
         self.picker = picker
         self.groups = [scenes[k : k + self.rows] for k in range(0, len(scenes), self.rows)]
-        shares = [self.groups[r::world_size] for r in range(world_size)]
+        wanted = [group for group in self.groups if known is None or _has_others(group, known)]
+        shares = [wanted[r::world_size] for r in range(world_size)]
         self.share = shares[rank]
-        self._length = max(sum(_longest(group) for group in share) for share in shares)
-
-    def leave_out(self, known: Container[int]) -> None:
-        """Drop groups of scenes of which every frame is known; the others stay as they are.
-
-        Ranks may then have unequally many batches.
-        """
-        self.share = [
-            group
-            for group in self.share
-            if not all(frame in known for first, last in group for frame in range(first, last))
-        ]
-        self._length = sum(_longest(group) for group in self.share)
+        even = shares if known is None else [self.share]
+        self._length = max(sum(_longest(group) for group in share) for share in even)
 
     def __len__(self) -> int:
         return self._length
@@ -207,3 +201,7 @@ class StreamBatchSampler(Sampler[list[ClipRequest]]):
 
 def _longest(scenes: Sequence[tuple[int, int]]) -> int:
     return max(last - first for first, last in scenes)
+
+
+def _has_others(scenes: Sequence[tuple[int, int]], known: Container[int]) -> bool:
+    return any(frame not in known for first, last in scenes for frame in range(first, last))

@@ -90,7 +90,7 @@ def sizes_table() -> Sweep:
 
 
 def actions_table() -> Sweep:
-    """What form a plan takes: four of text and tokens, and a regression beside them.
+    """What form a plan takes: four of text and tokens, and regressions beside and behind them.
 
     All share stages 0 to 2.5: prompts and vocabulary are the same, and each model has the action
     tokens and the planner, whether or not it plans with them.
@@ -153,22 +153,29 @@ ACTIONS = Axis(
         "action tokens": ("stages.planning.actions=tokens",),
         "regression": (
             "stages.planning.actions=regression",
+            "stages.planning.planner_reads=[scene,track,map]",
             "stages.planning.freeze.train=[planner.*]",
+        ),
+        "regression from the language model": (
+            "stages.planning.actions=regression",
+            "stages.planning.planner_reads=[language]",
+            "stages.planning.freeze.train=[planner.*,projectors.*,language.*]",
         ),
     },
 )
 
 
 def _tiny_for_all_actions() -> ExperimentConfig:
-    """`tiny` with all that any form needs; the planner reads what the language model does."""
+    """`tiny` with all that any form needs; a planner for what the language model reads or makes."""
     base = tiny()
     planning: Any = base.stages.planning
     rates = replace(planning.optimiser.lr, planner=1e-3)
     optimiser = replace(planning.optimiser, lr=rates)
+    planner = PlannerConfig(reads=("scene", "track", "map", "language"))
     return replace(
         base,
         tokenizer=replace(base.tokenizer, action_tokens=256),
-        model=replace(base.model, planner=PlannerConfig(reads=("scene", "track", "map"))),
+        model=replace(base.model, planner=planner),
         stages=replace(base.stages, planning=replace(planning, optimiser=optimiser)),
     )
 

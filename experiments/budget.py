@@ -177,10 +177,12 @@ def load_of(config: ExperimentConfig, stage: str, tokenizer: ChatTokenizer) -> L
     kinds = [k for k in SAMPLE_KINDS.get(stage, ()) if k in config.dialect.wording.requests]
     planning = config.stages.planning
     regressed = stage == "planning" and planning is not None and planning.actions == "regression"
-    if not kinds or regressed:
+    if not kinds or (regressed and not config.regresses_from_language):
         return None
     told = fake_conversations(fake_plan(8, 0), fake_ego(8, 0), kinds, config.dialect_of(stage))
     lengths = [_length(config, conversation, tokenizer) for conversation in told]
+    if regressed:  # requests are read, and nothing is written
+        lengths = [(places - labels, 0) for places, labels in lengths]
     data = getattr(config.data, stage)
     return Load(
         rows=data.batch_size * max(1, data.conversations_per_frame),

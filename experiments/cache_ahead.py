@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from callbacks.feature_cache import FeatureCache
@@ -11,6 +13,8 @@ from experiments.schema import ExperimentConfig
 from experiments.stage_run import StageRun
 from odvla.errors import UserError
 from stages.talk import TalkConfig
+
+log = logging.getLogger(__name__)
 
 
 def caching_stages(config: ExperimentConfig) -> list[str]:
@@ -24,6 +28,8 @@ def caching_stages(config: ExperimentConfig) -> list[str]:
 
 def cache_ahead(pipeline: Pipeline, stage: str = "") -> FeatureCache:
     """Make a stage's cache with the weights that the stage will start from.
+
+    All processes that torchrun or srun started take part, each with the device that is its own.
 
     Args:
         pipeline: the experiment.
@@ -51,5 +57,9 @@ def cache_ahead(pipeline: Pipeline, stage: str = "") -> FeatureCache:
             f"stage {stage} starts from {parent}, which is not finished; fit that stage first, "
             f"e.g. with 'run=[{','.join(config.run[:number])}]'"
         )
-    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return StageRun(pipeline.shop, stage, parent).cache(torch.device("cuda" if gpu else "cpu"))
+    device = torch.device("cpu")
+    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # see join_processes
+    if config.trainer.processes > 1 and not torch.distributed.is_initialized():
+        log.info("one process does it all; torchrun or srun starts more (docs/multi-node.md)")
+    return StageRun(pipeline.shop, stage, parent).cache(device)

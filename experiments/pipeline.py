@@ -166,7 +166,12 @@ class Pipeline:
 
 
 def open_pipeline(
-    config: ExperimentConfig, runs: Path, parent: Path | None = None, *, progress: bool = True
+    config: ExperimentConfig,
+    runs: Path,
+    parent: Path | None = None,
+    *,
+    progress: bool = True,
+    any_number: bool = False,
 ) -> Pipeline:
     """Make data, tokenizer and model ready.
 
@@ -175,6 +180,7 @@ def open_pipeline(
         runs: folder of all runs.
         parent: a finished stage's folder to start from; stages up to that one are left out.
         progress: show progress bars.
+        any_number: of processes, whatever the experiment trains with.
 
     Raises:
         UserError: the data or the parent's handoff is not usable, or another process works in the
@@ -191,7 +197,7 @@ def open_pipeline(
         if config.init.weights:
             kept = f"fill none of {', '.join(card.parts)}" if card.parts else "are not loaded"
             log.info("init.weights %s: stage %s starts from %s", kept, stages[0], parent)
-    join_processes(config.trainer)
+    join_processes(config.trainer, any_number=any_number)
     folder, main = runs / config.name, is_first_process()
     with first_process_first():
         config = prepare_data(config, progress=progress and main)

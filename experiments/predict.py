@@ -151,7 +151,7 @@ def _plan(stage: StageModule, batch: Batch) -> Said:
     """
     if isinstance(stage, RegressionStage):
         started = time.perf_counter()
-        regressed = stage.vla.regress(batch)
+        regressed = stage.regress(batch)
         waypoints = regressed.waypoints[0].tolist()
         cost = Cost(0, 0, time.perf_counter() - started, 0.0, 0.0)
         return Said(format_waypoints(waypoints), waypoints, regressed.perception, cost)

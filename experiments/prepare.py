@@ -120,6 +120,9 @@ def data_module(
     own = config.data.of_stage(stage, config.seed, encoder_grid)
     if getattr(config.model.encoder, "needs_lidar", False):
         own = replace(own, lidar=True)
+    planning = config.stages.planning
+    if stage == "planning" and planning is not None and planning.pays_for_collisions:
+        own = replace(own, targets=(*{*own.targets, "traffic"},))
     if stage == "perception":
         return own.build(tokenizer)
     dialect = config.dialect if tokenizer is None else config.dialect_of(stage)

@@ -26,11 +26,12 @@ from odvla.errors import UserError
 PATIENCE = timedelta(hours=2)
 
 
-def join_processes(settings: TrainerConfig) -> None:
+def join_processes(settings: TrainerConfig, *, any_number: bool = False) -> None:
     """Form the process group that torchrun or srun started this process for, if one did.
 
     Args:
         settings: how many machines and processes the experiment wants.
+        any_number: what is to be done is the same by any number of processes, unlike training.
 
     Raises:
         UserError: another number of processes was started, or several machines are wanted and
@@ -38,13 +39,13 @@ def join_processes(settings: TrainerConfig) -> None:
     """
     launcher = _launcher()
     if launcher is None or launcher.world_size() == 1:
-        if settings.nodes > 1 and not torch.distributed.is_initialized():
+        if settings.nodes > 1 and not any_number and not torch.distributed.is_initialized():
             raise UserError(
                 f"trainer.nodes={settings.nodes} needs torchrun or srun to start a process for "
                 "each device (docs/multi-node.md)"
             )
         return
-    if launcher.world_size() != settings.processes:
+    if launcher.world_size() != settings.processes and not any_number:
         raise UserError(
             f"{launcher.world_size()} processes were started, but trainer.nodes={settings.nodes} "
             f"times trainer.devices={settings.devices} makes {settings.processes}"

@@ -306,6 +306,14 @@ class ExperimentConfig:
                     "(dialect.name=reasoning has them)"
                 )
 
+    @property
+    def regresses_from_language(self) -> bool:
+        """Whether plans are regressed from what the language model makes of a request."""
+        planning, planner = self.stages.planning, self.model.planner
+        if planning is None or planner is None or planning.actions != "regression":
+            return False
+        return "language" in (planning.planner_reads or planner.reads)
+
     def dialect_of(self, stage: str) -> Dialect:
         """The wording of a stage: plans may be written in another form than the dialect's own.
 

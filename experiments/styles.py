@@ -18,6 +18,7 @@ from odvla.planner import PlannerConfig
 from odvla.queries.scene import SceneSamplerConfig
 from stages.optimisation import LearningRates, OptimiserConfig
 from stages.planning import Actions, PlanningStageConfig
+from stages.regression import RegressionLossConfig
 
 # A planner beside the language model that learns alone.
 PLANNER_ALONE = FreezePlan(("planner.*",))
@@ -87,6 +88,34 @@ def openvla_style() -> ExperimentConfig:
         name="openvla_style",
         tokenizer=replace(base.tokenizer, action_tokens=256),
         stages=replace(base.stages, planning=_writing(base.stages.planning, "tokens")),
+    )
+
+
+def openvla_oft_style() -> ExperimentConfig:
+    """OpenVLA-OFT: patches in; the plan is regressed from the language model's state, by L1.
+
+    One state, where the answer would begin, and UniAD's head on it. OpenVLA-OFT has a place for
+    each number, which see one another, and an MLP.
+    """
+    base = emma_style()
+    planning: Any = base.stages.planning
+    freeze = replace(planning.freeze, train=(*planning.freeze.train, "planner.*"))
+    rates = replace(planning.optimiser.lr, planner=1e-3)
+    return replace(
+        base,
+        name="openvla_oft_style",
+        # The prompt tells the ego state.
+        model=replace(base.model, planner=PlannerConfig(reads=("language",), ego_state=False)),
+        stages=replace(
+            base.stages,
+            planning=replace(
+                planning,
+                actions="regression",
+                regression=RegressionLossConfig("l1"),
+                freeze=freeze,
+                optimiser=replace(planning.optimiser, lr=rates),
+            ),
+        ),
     )
 
 

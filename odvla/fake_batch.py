@@ -25,6 +25,7 @@ from odvla.types import (
     EgoState,
     MapTargets,
     PlanTargets,
+    TrafficTargets,
 )
 
 FAKE_BINS = 256  # of plans of action tokens
@@ -80,6 +81,7 @@ def fake_batch(
         map=_fake_map(rows, grid, generator) if grid is not None else None,
         plan=plan,
         talk=talk,
+        traffic=_fake_traffic(rows, seed),
     )
 
 
@@ -166,6 +168,19 @@ def _fake_agents(rows: int, generator: torch.Generator) -> AgentTargets:
         past=torch.randn(*shape, 4, 2, generator=later),
         past_mask=torch.ones(*shape, 4, dtype=torch.bool),
         ego=ego,
+    )
+
+
+def _fake_traffic(rows: int, seed: int) -> TrafficTargets:
+    """Some boxes ahead at each step."""
+    generator = torch.Generator().manual_seed(seed + 4)
+    count = AGENTS * WAYPOINTS
+    boxes = torch.rand(rows, count, 5, generator=generator) * torch.tensor([20.0, 24, 0, 0, 6])
+    boxes += torch.tensor([-10.0, 0.0, 1.9, 4.5, 0.0])
+    return TrafficTargets(
+        boxes=boxes,
+        step=torch.arange(WAYPOINTS).repeat(AGENTS).expand(rows, count).clone(),
+        mask=torch.ones(rows, count, dtype=torch.bool),
     )
 
 

@@ -64,6 +64,7 @@ class Regression:
     """Plans that no text was written for."""
 
     waypoints: Tensor  # [B, 6, 2] metres
+    asked: Tensor  # bool [B] False: the language model was to be read, and no plan was asked for
     perception: Perception
     state: VLAState | None
 

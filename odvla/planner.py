@@ -7,6 +7,10 @@ it. What is different here: the query starts from a learned embedding and the eg
 comes out of tracking and motion forecasting, and is not told the ego state), it may read the tokens
 of other streams beside the bird's-eye view, and there is no test-time optimisation.
 
+It may also read what the language model makes of the request for a plan: its last hidden state
+where the answer would begin, after the whole prompt with all tokens of the scene, as OpenVLA-OFT
+(Kim et al. 2025) and ORION (Fu et al. 2025) make their plans from such states.
+
 Shape legend: B rows, H x W BEV cells, C encoder channels, N tokens of a stream, D width, K keys.
 """
 
@@ -24,7 +28,7 @@ from odvla.errors import UserError
 from odvla.queries.decoder import PositionEncoding
 from odvla.types import COMMANDS, EGO_SCALES, WAYPOINTS, BevGrid, EgoState, Stream
 
-SOURCES = ("bev", *get_args(Stream))
+SOURCES = ("bev", *get_args(Stream), "language")
 STEP_SCALE_M = 5.0  # what an output of 1 means: 10 m/s
 
 
@@ -33,8 +37,9 @@ class PlannerConfig:
     """Sizes, and what the car's query is shown.
 
     Args:
-        reads: of "bev" (all cells of the bird's-eye view) and the streams "scene", "track", "map".
-            Tokens alone are what a language model sees, and can be remembered.
+        reads: of "bev" (all cells of the bird's-eye view), the streams "scene", "track", "map", and
+            "language" (the language model's state at the end of the request). Streams and language
+            can be read from remembered tokens. A stage may read less (`planner_reads`).
         ego_state: tell the query the car's velocity, acceleration and history; UniAD does not.
     """
 
@@ -118,7 +123,8 @@ class EgoPlanner(nn.Module):
 
         Args:
             features: by source, what is read: BEV cells [B, H * W, C], row by row, or tokens
-                [B, N, width], and which of them are shown [B, K].
+                [B, N, width], and which of them are shown [B, K]. Sources that are not there are
+                not read.
             ego: the car's state and command.
 
         Returns:
@@ -128,6 +134,8 @@ class EgoPlanner(nn.Module):
         keys = [self.nothing.expand(B, 1, -1)]
         shown = [torch.ones(B, 1, dtype=torch.bool, device=ego.command.device)]
         for name in self.config.reads:
+            if name not in features:
+                continue
             values, mask = features[name]
             key = self.inputs[name](values) + self.kinds[name]
             if name == "bev":

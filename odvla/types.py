@@ -203,6 +203,16 @@ class PlanTargets(TensorFields):
     mask: Bool[Tensor, "B 6"]  # False: the scene ended before
 
 
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class TrafficTargets(TensorFields):
+    """Where others are when the car reaches its waypoints; A counts the boxes of all six steps."""
+
+    boxes: Float[Tensor, "B A 5"]  # x, y, width, length, yaw in the frame of t0
+    step: Int64[Tensor, "B A"]  # which of the six waypoints, from 0
+    mask: Bool[Tensor, "B A"]  # False: padding
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message of a conversation; text may hold slots (SLOT_IDS)."""
@@ -265,6 +275,7 @@ class Batch(TensorFields):
     map: MapTargets | None = None
     plan: PlanTargets | None = None
     talk: Talk | None = None
+    traffic: TrafficTargets | None = None
 
     def valid_rows(self) -> list[tuple[int, str]]:
         """Row and sample token of "now" of every valid row."""

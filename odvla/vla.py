@@ -5,7 +5,7 @@ Read from top to bottom: what it is made of (config), what goes in and comes out
     frames --encoder--> features --queries--> tokens of "scene", "track", "map"   (perceive)
     tokens --projectors--> language width --splice into the text--> embeddings     (_spliced)
     embeddings --language model--> loss (forward) or text (generate)
-    features, tokens --planner--> waypoints, past the language model      (regress)
+    features, tokens, state of the language model --planner--> waypoints   (regress)
 
 What is unusual: the past is an explicit value (VLAState) that goes in and comes out; any number of
 conversations may be about any row of the batch; a conversation about an object is left out of the
@@ -63,8 +63,8 @@ class VLAConfig:
     queries: tuple[Any, ...]
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    # Regresses plans without the language model (stages.planning.actions=regression); None: none is
-    # built. One that no stage uses stays as it was built.
+    # Regresses plans (stages.planning.actions=regression); None: none is built. One that no stage
+    # uses stays as it was built.
     planner: PlannerConfig | None = None
     # An object is the track whose centre is nearest, if it is as near as this.
     object_match_m: float = 2.0
@@ -148,6 +148,7 @@ class DrivingVLA(nn.Module):
         if config.planner is not None:
             if self.encoder.grid is not None:
                 widths["bev"] = self.encoder.dim
+            widths["language"] = self.language.hidden
             self.planner = config.planner.build(widths, self.encoder.grid)
         # What the action tokens of the vocabulary mean, once a planning stage has settled that.
         bins = len(tokenizer.action_ids)
@@ -268,14 +269,16 @@ class DrivingVLA(nn.Module):
         batch: Batch,
         state: VLAState | None = None,
         *,
+        reads: tuple[str, ...] = (),
         blind: bool = False,
         seen: Perception | None = None,
     ) -> Regression:
-        """Plan without the language model.
+        """Plan without writing: by the planner.
 
         Args:
-            batch: what is seen, and the car's state.
+            batch: what is seen, the car's state, and a request for a plan where that is read.
             state: what the previous call returned; None at the start.
+            reads: of what the planner can read; (): all of it.
             blind: see `perceive`.
             seen: see `forward`.
 
@@ -286,11 +289,17 @@ class DrivingVLA(nn.Module):
             raise UserError("plans by regression need model.planner and the car's state")
         perception, state = (seen, state) if seen else self._look(batch, state, blind)
         assert perception is not None
+        reads = reads or self.planner.config.reads
+        asked = torch.ones_like(batch.valid)
         features = {
             stream: (tokens.feats, self._shown(stream, tokens.mask))
             for stream, tokens in perception.tokens.items()
+            if stream in reads
         }
-        if "bev" in self.planner.config.reads:
+        if "language" in reads:
+            features["language"] = self._heard(batch, perception)
+            asked = features["language"][1][:, 0]
+        if "bev" in reads:
             if perception.features is None or perception.features.bev is None:
                 raise UserError(
                     "model.planner reads the bird's-eye view, which remembered tokens do not hold: "
@@ -300,7 +309,30 @@ class DrivingVLA(nn.Module):
             everywhere = torch.ones(cells.shape[:2], dtype=torch.bool, device=cells.device)
             # The view is the whole scene: who hides the scene hides it.
             features["bev"] = cells, self._shown("scene", everywhere)
-        return Regression(self.planner(features, batch.ego), perception, state)
+        return Regression(self.planner(features, batch.ego), asked, perception, state)
+
+    def _heard(self, batch: Batch, perception: Perception) -> tuple[Tensor, Tensor]:
+        """The language model's state where each row's answer would begin.
+
+        Returns:
+            States [B, 1, D], and which rows have a request [B, 1].
+        """
+        talk, B = batch.talk, len(batch.valid)
+        if talk is None:  # all scenes of this group have ended
+            nobody = torch.zeros(B, 1, dtype=torch.bool, device=batch.valid.device)
+            return torch.zeros(B, 1, self.language.hidden, device=batch.valid.device), nobody
+        places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
+        request = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
+        everybody = torch.arange(len(talk.frame_index), device=talk.mask.device)
+        objects = self._objects(talk, perception)
+        spliced = self._spliced(batch, request, objects, everybody, perception)
+        last = spliced.attention_mask.sum(1) - 1
+        ends = self.language.states(spliced)[everybody, last]  # G, D
+        requests = talk.frame_index.bincount(minlength=B)
+        if int(requests.max()) > 1:
+            raise UserError("plans by regression need one request a key-frame")
+        heard = ends.new_zeros(B, ends.shape[1]).index_copy(0, talk.frame_index, ends)
+        return heard[:, None], (requests > 0)[:, None]
 
     @torch.no_grad()
     def generate(

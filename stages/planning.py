@@ -1,7 +1,7 @@
 """Stage 3, planning: where the car itself goes; all but the 2D backbone learns.
 
 A plan may take several forms (`actions`): text of points, of offsets or of changes, action tokens,
-or numbers that a planner beside the language model regresses (regression.py). What the stages
+or numbers that a planner regresses (regression.py). What the stages
 before hear and write does not depend on it, so that one handoff serves all of them.
 """
 
@@ -56,6 +56,9 @@ class PlanningStageConfig(TalkConfig):
     # others; "replace" takes them all the same; "keep" those of the weights.
     action_bins: Literal["fit", "replace", "keep"] = "fit"
     regression: RegressionLossConfig = field(default_factory=RegressionLossConfig)
+    # What of model.planner.reads a regressed plan is made of; (): all. Experiments that differ here
+    # alone share the stages before.
+    planner_reads: tuple[str, ...] = ()
     max_thought_tokens: int = 96  # of a description, where plans are thought over
     constrained: bool = True  # only well-formed plans can be written
     # 1: the most likely text, as in the paper. More: the median of so many plans drawn at random.
@@ -92,6 +95,11 @@ class PlanningStageConfig(TalkConfig):
         for name in self.ablations:
             if name not in KIND_OF:
                 raise UserError(f"ablations must be some of {', '.join(KIND_OF)}, not {name!r}")
+
+    @property
+    def pays_for_collisions(self) -> bool:
+        """Whether the loss needs the boxes of others."""
+        return self.actions == "regression" and self.regression.collision.weight > 0
 
     def build(self, vla: DrivingVLA, total_steps: int = 1, seed: int = 0) -> StageModule:
         """The stage on a model.

@@ -1,22 +1,26 @@
-"""Stage 3 without text: a planner beside the language model regresses the plan (odvla/planner.py).
+"""Stage 3 without written plans: a planner regresses them (odvla/planner.py).
+
+Beside the language model, or from its state at the end of the request, with the loss going back
+through it.
 
 Its records are those of plans in text, so that the same tables are made of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from odvla.errors import UserError
 from odvla.language.waypoints import POINTS, format_waypoints
-from odvla.outputs import Perception, VLAState
+from odvla.losses.collision import CollisionLossConfig, collision_loss
+from odvla.outputs import Perception, Regression, VLAState
 from odvla.types import COMMANDS, Batch
 from odvla.vla import DrivingVLA
 from stages.base import Record, StageLoss, StageModule
-from stages.plan_ablations import KIND_OF, OtherVision, hide_ego
+from stages.plan_ablations import KIND_OF, Ablation, OtherVision, hide_ego, tell_less
 
 if TYPE_CHECKING:
     from stages.planning import PlanningStageConfig
@@ -28,9 +32,11 @@ class RegressionLossConfig:
 
     Args:
         distance: "l2", the distance of each waypoint, as UniAD; "l1", the sum of both coordinates'.
+        collision: what driving into others costs beside it; off by default.
     """
 
     distance: Literal["l2", "l1"] = "l2"
+    collision: CollisionLossConfig = field(default_factory=CollisionLossConfig)
 
     def __post_init__(self) -> None:
         """Check the name.
@@ -57,8 +63,15 @@ class RegressionStage(StageModule):
             raise UserError(
                 "stages.planning.actions=regression needs a planner: set model.planner.dim=64"
             )
+        able = vla.planner.config.reads
+        if unable := [name for name in config.planner_reads if name not in able]:
+            raise UserError(
+                f"stages.planning.planner_reads names {unable[0]!r}, but model.planner.reads has "
+                f"{', '.join(able)}"
+            )
+        self.reads = config.planner_reads or able
         remembered = config.remember_tokens or config.feature_cache
-        if remembered and "bev" in vla.planner.config.reads:
+        if remembered and "bev" in self.reads:
             raise UserError(
                 "model.planner reads the bird's-eye view, which remembered tokens do not hold: set "
                 "stages.planning.remember_tokens=false and feature_cache=false, or let the planner "
@@ -66,17 +79,40 @@ class RegressionStage(StageModule):
             )
 
     def loss_of(self, batch: Batch, state: VLAState | None) -> StageLoss:
-        """Mean distance of the known waypoints."""
+        """Mean distance of the known waypoints, and what collisions cost."""
         if batch.plan is None:
             raise UserError("the batch lacks plan targets")
-        found = self.vla.regress(batch, state, seen=self.recall(batch))
+        found = self.regress(batch, state, seen=self.recall(batch))
         order = 2 if self.config.regression.distance == "l2" else 1
-        known = batch.plan.mask & batch.valid[:, None]
+        known = batch.plan.mask & (batch.valid & found.asked)[:, None]
         count = int(known.sum())
         # An unknown waypoint may be anything, and would reach the gradient even if masked later.
         gaps = torch.where(known[..., None], found.waypoints - batch.plan.waypoints, 0.0)
         loss = torch.linalg.vector_norm(gaps, order, dim=-1).sum() / max(1, count)
-        return StageLoss(self.vla.counted(loss), count, state=found.state)
+        parts: dict[str, torch.Tensor] = {}
+        collision = self.config.regression.collision
+        if collision.weight:
+            if batch.traffic is None:
+                raise UserError(
+                    "stages.planning.regression.collision needs the boxes of others: set "
+                    "data.planning.targets=[traffic]"
+                )
+            driven = batch.plan.waypoints
+            cost = collision_loss(found.waypoints, driven, known, batch.traffic, collision)
+            parts = {"distance": loss.detach(), "collision": cost.detach()}
+            loss = loss + collision.weight * cost
+        return StageLoss(self.vla.counted(loss), count, parts, found.state)
+
+    def regress(
+        self,
+        batch: Batch,
+        state: VLAState | None = None,
+        *,
+        blind: bool = False,
+        seen: Perception | None = None,
+    ) -> Regression:
+        """Plans from what this stage reads; see DrivingVLA.regress."""
+        return self.vla.regress(batch, state, reads=self.reads, blind=blind, seen=seen)
 
     def on_test_epoch_start(self) -> None:
         """Streams start anew."""
@@ -94,11 +130,18 @@ class RegressionStage(StageModule):
                 other = self.others.swap(batch)
                 found, _ = self._plans(other, kind, ablation, batch, seen=self.recall(other))
             else:
-                assert batch.ego is not None
-                less = replace(batch, ego=hide_ego(batch.ego, ablation))
+                less = self._told_less(batch, ablation)
                 found, _ = self._plans(less, kind, ablation, batch, seen=seen)
             records += found
         return records
+
+    def _told_less(self, batch: Batch, ablation: Ablation) -> Batch:
+        """The batch without a part of the ego state, in numbers and in requests that are read."""
+        assert batch.ego is not None
+        if "language" not in self.reads or batch.talk is None:
+            return replace(batch, ego=hide_ego(batch.ego, ablation))
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return tell_less(batch, ablation, data.dialect, self.vla.tokenizer)
 
     def _plans(
         self,
@@ -113,11 +156,12 @@ class RegressionStage(StageModule):
         """Plans of one kind for the key-frames of `owner` (the batch), and what was seen."""
         owner = owner or batch
         with torch.no_grad():
-            found = self.vla.regress(batch, self.streams.get(stream), blind=blind, seen=seen)
+            found = self.regress(batch, self.streams.get(stream), blind=blind, seen=seen)
         self.streams[stream] = found.state
         return [
             self.record(found.waypoints[r].tolist(), kind, owner, r, t)
             for r, t in owner.valid_rows()
+            if found.asked[r]
         ], found.perception
 
     def record(

@@ -1,4 +1,7 @@
-"""The verb `cache`: what a frozen vision half sees, computed ahead."""
+"""The verb `cache`: what a frozen vision half sees, computed ahead.
+
+Started by torchrun or srun, all processes do it together, however many they are.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +50,15 @@ def cache_experiment(options: argparse.Namespace) -> None:
     """Fill and verify a stage's cache."""
     from experiments.cache_ahead import cache_ahead
     from experiments.pipeline import open_pipeline
+    from experiments.stage_run import is_first_process
 
     quiet_libraries()
-    pipeline = open_pipeline(experiment_of(options), runs_of(options), options.parent)
+    pipeline = open_pipeline(
+        experiment_of(options), runs_of(options), options.parent, any_number=True
+    )
     shards = cache_ahead(pipeline, options.stage).shards
+    if not is_first_process():
+        return
     size = shards.size_bytes()
     Console(soft_wrap=True, highlight=False).print(
         f"{len(shards)} key-frames, {size / MEGABYTE:.1f} MB, in {shards.folder}", markup=False

@@ -261,7 +261,7 @@ class CausalLM(nn.Module):
             label the loss is a zero that has a gradient of zeros, so that distributed training goes
             on.
         """
-        states = self._states(spliced)
+        states = self.states(spliced)
         due = spliced.labels[:, 1:] != IGNORE_INDEX  # [G, S - 1]
         labels = spliced.labels[:, 1:][due]  # [P]
         logits = self.head(states[:, :-1][due])  # [P, V]
@@ -269,7 +269,7 @@ class CausalLM(nn.Module):
             return logits.float().sum() + 0.0 * states.float().sum(), logits, labels
         return F.cross_entropy(logits.float(), labels), logits, labels
 
-    def _states(self, spliced: Spliced) -> Tensor:
+    def states(self, spliced: Spliced) -> Tensor:
         """Last hidden states [G, S, D] of a right-padded batch; anything where it is padded."""
         # Padding stands right of everything that counts, so causality alone keeps it out: without a
         # mask the fast attention kernels apply.

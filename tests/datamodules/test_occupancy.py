@@ -157,3 +157,27 @@ def test_occupancy_covers_boxes_where_they_will_be(circle_root):
         # Filled with their border: somewhat more cells than the boxes' area.
         assert expected_area < vehicles[step].sum() < 2 * expected_area
     assert not data.occupancy(index.frames[8].token).any()  # the scene ends
+
+
+def test_traffic_is_where_the_annotations_of_each_step_are(circle_root):
+    data = NuScenesDataConfig(str(circle_root), targets=("traffic",), batch_size=4).build()
+    data.setup("fit")
+    index, scenes = data.index, data.scenes("train")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.agents == ()
+    for row, token in batch.valid_rows():
+        frame = index.frame(token)
+        for step in range(6):
+            later = frame.number + step + 1
+            ended = not any(s.first <= frame.number and later < s.last for s in scenes)
+            here = batch.traffic.mask[row] & (batch.traffic.step[row] == step)
+            found = batch.traffic.boxes[row][here]
+            if ended:
+                assert len(found) == 0
+                continue
+            rows = rows_of(index, index.frames[later])
+            rows = rows[index.annotations.label[rows] >= 0]
+            expected = boxes_in_lidar(index, rows, frame)[:, [0, 1, 3, 4, 6]]
+            assert len(expected) > 0
+            torch.testing.assert_close(found, torch.from_numpy(expected))
+    assert data.frame(batch.clip[-1].sample_tokens[0]).traffic is not None

@@ -1,5 +1,7 @@
 """Samplers: every item once, equal shares, the same batches at any number of processes."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +79,37 @@ def test_streams_are_the_same_at_any_world_size(lengths, rows, world):
     assert sorted(request.frame for request in valid) == list(range(first))
     for request in [r for share in shares for b in share for r in b if not r.valid]:
         assert request.conversations == ()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 80)),
+)
+def test_what_is_not_known_is_dealt_out_and_nothing_else(lengths, rows, world, known):
+    ends = list(accumulate(lengths))
+    bounds = list(zip([0, *ends], ends, strict=False))
+    alone = list(StreamBatchSampler(bounds, rows, _Frames(ends[-1])))
+    samplers = [
+        StreamBatchSampler(bounds, rows, _Frames(ends[-1]), r, world, known) for r in range(world)
+    ]
+    shares = [list(sampler) for sampler in samplers]
+    assert [len(share) for share in shares] == [len(sampler) for sampler in samplers]
+    given = [batch for share in shares for batch in share]
+    assert {str(batch) for batch in given} <= {str(batch) for batch in alone}
+    frames = [request.frame for batch in given for request in batch if request.valid]
+    assert len(frames) == len(set(frames))
+    assert set(range(ends[-1])) - known <= set(frames)
+    # Scenes side by side are dealt out only where something of them is missing, and evenly.
+    groups = [sampler.share for sampler in samplers]
+    assert all(
+        set().union(*(range(*scene) for scene in group)) - known
+        for share in groups
+        for group in share
+    )
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 def test_streams_carry_state_within_a_scene_only():

@@ -1,9 +1,15 @@
 """The verb `cache` fills what the stage then learns from; the switch retrains nothing."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from experiments.cache_ahead import cache_ahead, caching_stages
 from experiments.cli import main
@@ -13,6 +19,7 @@ from experiments.stage_run import FEATURES
 from experiments.tiny import smoke, tiny
 from odvla.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 SIZES = (
     "town=null",
     "data.image_size=[64,36]",
@@ -84,3 +91,41 @@ def test_a_stage_that_trains_its_encoder_is_refused(town_root, tmp_path):
     pipeline = open_pipeline(config, tmp_path, progress=False)
     with pytest.raises(UserError, match=r"stages\.planning\.feature_cache needs frozen"):
         cache_ahead(pipeline)
+
+
+def tokens_in(runs):
+    """Every tensor of the one cache, by name; a name that lies in two files is an error."""
+    (folder,) = (runs / FEATURES).iterdir()
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        assert not found.keys() & tensors.keys()
+        found |= tensors
+    return found
+
+
+def test_torchrun_shares_out_what_one_process_makes(arguments, tmp_path):
+    rest = [argument for argument in arguments if not argument.startswith("run=")]
+    places = [*rest, "run=[alignment]", "data.train_scenes=2", "data.alignment.eval_batch_size=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [
+            *(sys.executable, *torchrun, "lightning_app.py", "cache", *places),
+            *("--runs", str(tmp_path / "two")),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" MB, in ") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the last bits depend on it
+    assert main(["cache", *places, "--runs", str(tmp_path / "one")]) == 0
+    torch.set_num_threads(threads)
+    one, two = tokens_in(tmp_path / "one"), tokens_in(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

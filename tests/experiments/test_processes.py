@@ -77,6 +77,18 @@ def test_another_number_of_processes_is_refused(monkeypatch):
         join_processes(TrainerConfig(nodes=2, devices=2))
 
 
+def test_what_any_number_can_do_takes_any_number(monkeypatch):
+    join_processes(TrainerConfig(nodes=2), any_number=True)  # nobody started others: one does it
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    joined = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **b: joined.append(b))
+    join_processes(TrainerConfig(devices=2), any_number=True)
+    assert joined[0]["world_size"] == 3
+
+
 def test_one_process_waits_for_nobody():
     join_processes(TrainerConfig())
     with first_process_first():

@@ -16,15 +16,18 @@ from experiments.styles import (
     emma_style,
     lidar_llm_style,
     lift_splat,
+    openvla_oft_style,
     openvla_style,
     uniad_style,
 )
 from odvla.errors import UserError
 from odvla.language.causal_lm import LanguageConfig
 from odvla.language.decisions import all_decisions
+from odvla.losses.collision import CollisionLossConfig
+from stages.regression import RegressionLossConfig
 
 LINES = "gpt_driver/train.json"
-NEW_FORMS = (uniad_style, openvla_style, drivevlm_style)
+NEW_FORMS = (uniad_style, openvla_style, openvla_oft_style, drivevlm_style)
 STYLES = (emma_style, lidar_llm_style, lift_splat, *NEW_FORMS)
 
 
@@ -36,6 +39,8 @@ def smaller(experiment, town_root):
     run = ("planning",) if experiment in NEW_FORMS else (base.run[0], "planning")
     stages = {name: replace(base.stages.of(name), steps=2, checkpoint_every=2) for name in run}
     stages["planning"] = replace(stages["planning"], max_thought_tokens=8)
+    if experiment is openvla_oft_style:
+        stages["planning"] = replace(stages["planning"], ablations=("no_ego",))
     return replace(
         base,
         town=None,
@@ -53,17 +58,42 @@ def smaller(experiment, town_root):
     )
 
 
+def in_traffic(config):
+    """With a loss for collisions."""
+    loss = RegressionLossConfig(collision=CollisionLossConfig(weight=2.5))
+    planning = replace(config.stages.planning, regression=loss)
+    return replace(config, stages=replace(config.stages, planning=planning))
+
+
 @pytest.mark.parametrize("experiment", STYLES)
 def test_each_trains_its_first_stage_and_plans(experiment, town_root, tmp_path):
     config = smaller(experiment, town_root)
+    if experiment is uniad_style:
+        config = in_traffic(config)
     pipeline = open_pipeline(config, tmp_path, progress=False)
     pipeline.fit()
     pipeline.report(Console(quiet=True))
     assert pipeline.finished() == list(config.run)
     text = (tmp_path / config.name / "table.md").read_text()
-    assert "OpenDriveVLA, vision zeroed" in text
+    assert ("OpenDriveVLA, vision zeroed" in text) == (experiment is not openvla_oft_style)
+    run = tmp_path / config.name
     if experiment is openvla_style:
-        weights_bring_their_bins(config, tmp_path / config.name)
+        weights_bring_their_bins(config, run)
+    if experiment is openvla_oft_style:
+        requests_are_heard(run)
+    if experiment is uniad_style:
+        metrics = json.loads((run / "planning" / "card.json").read_text())["metrics"]
+        total = metrics["val/distance"] + 2.5 * metrics["val/collision"]
+        assert metrics["val/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def requests_are_heard(run):
+    """What a request does not tell at the test, the plan does not know."""
+    records = map(json.loads, (run / "planning" / "predictions.jsonl").read_text().splitlines())
+    plans = {(record["sample_token"], record["kind"]): record["waypoints"] for record in records}
+    told = {token: plan for (token, kind), plan in plans.items() if kind == "plan"}
+    assert len(plans) == 2 * len(told) > 0
+    assert any(plans[token, "plan_no_ego"] != plan for token, plan in told.items())
 
 
 def test_plans_are_thought_over_as_gpt_driver_does(town_root, tmp_path):

@@ -11,11 +11,13 @@ from odvla.encoders.vision_patches import VisionPatchesConfig
 from odvla.errors import UserError
 from odvla.fake_batch import fake_batch, fake_ego, fake_tokenizer
 from odvla.language.causal_lm import LanguageConfig
+from odvla.language.talk_rows import talk_rows
+from odvla.losses.collision import CollisionLossConfig
 from odvla.planner import PlannerConfig
 from odvla.queries.agent import AgentQueriesConfig
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.rows import rows_of
-from odvla.types import BevGrid
+from odvla.types import BevGrid, TrafficTargets
 from odvla.vla import VLAConfig
 from stages.planning import PlanningStageConfig
 from stages.regression import RegressionLossConfig
@@ -142,7 +144,9 @@ def test_remembered_tokens_do_for_a_planner_that_reads_tokens_alone():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match=r"reads must be some of bev, scene, track, map, not \('x'"):
+    with pytest.raises(
+        UserError, match=r"reads must be some of bev, scene, track, map, language, not \('x'"
+    ):
         PlannerConfig(reads=("x",))
     with pytest.raises(UserError, match=r"dim 30 must be a multiple of planner\.heads 4"):
         PlannerConfig(dim=30)
@@ -157,3 +161,103 @@ def test_mistakes_are_named():
         RegressionLossConfig("l3")
     with pytest.raises(UserError, match=r"regresses one plan, not planning\.samples=3"):
         replace(REGRESSION, samples=3)
+
+
+def hearing(**changes):
+    return model(reads=("language",), ego_state=False, dropout=0.0, **changes)
+
+
+def test_the_language_model_s_state_is_the_one_that_its_first_word_comes_from():
+    vla, given = hearing().eval(), batch(rows=3)
+    with torch.no_grad():
+        seen, _ = vla.perceive(given.clip)
+        states, asked = vla._heard(given, seen)
+        first = vla.language.head(states[:, 0]).argmax(-1)
+    written = vla.generate(given, seen=seen, max_new_tokens=1, grammar=None)
+    assert asked.all()
+    texts = [texts[0] for texts in written.texts]
+    assert texts == [vla.tokenizer.decode([token]) for token in first.tolist()]
+
+
+def test_the_answer_is_not_looked_at():
+    vla, given = hearing(), batch()
+    places = torch.arange(given.talk.input_ids.shape[1])
+    answer = given.talk.mask & (places >= given.talk.prompt_length[:, None])
+    assert answer.any()
+    other = torch.where(answer, 5, given.talk.input_ids)
+    changed = replace(given, talk=replace(given.talk, input_ids=other))
+    assert torch.equal(plans(vla, changed), plans(vla, given))
+
+
+def test_heard_through_the_language_model_all_is_read():
+    vla, given = hearing(), batch()
+    told = plans(vla, given)
+    assert not torch.allclose(plans(vla, given, blind=True), told)
+    others = batch(seed=1)  # its requests tell another ego state
+    asked = replace(given, talk=others.talk, ego=replace(others.ego, command=given.ego.command))
+    assert not torch.allclose(plans(vla, asked), told)
+    # Rows need not stand in order, and one that is not asked about hears nothing.
+    turned = replace(given, talk=talk_rows(given.talk, torch.tensor([2, 0, 1])))
+    some = vla.regress(turned)
+    assert some.asked.tolist() == [True, True, True, False]
+    torch.testing.assert_close(some.waypoints[:3], told[:3], rtol=1e-4, atol=1e-4)
+    silent = vla.regress(replace(given, talk=None))
+    assert not silent.asked.any()
+    torch.testing.assert_close(silent.waypoints[3], some.waypoints[3], rtol=1e-4, atol=1e-4)
+    twice = replace(given, talk=talk_rows(given.talk, torch.tensor([0, 0])))
+    with pytest.raises(UserError, match="need one request a key-frame"):
+        vla.regress(twice)
+
+
+def test_the_loss_goes_back_through_the_language_model():
+    vla, given = hearing(), batch()
+    stage = REGRESSION.build(vla)
+    found = stage.loss_of(given, None)
+    assert found.weight == 24
+    assert found.parts == {}
+    found.loss.backward()
+    reached = {name for name, p in vla.named_parameters() if p.grad is not None and p.grad.any()}
+    for part in ("planner.inputs.language", "language.model", "projectors.scene", "encoder."):
+        assert any(name.startswith(part) for name in reached), part
+    # Rows without a request, and rows that fill up, do not count.
+    less = replace(given, talk=talk_rows(given.talk, torch.tensor([0, 1])))
+    less = replace(less, valid=torch.tensor([True, False, True, True]))
+    assert stage.loss_of(less, None).weight == 6
+
+
+def test_a_stage_may_read_less_than_the_planner_can():
+    vla = model(reads=("scene", "track", "language"), dropout=0.0)
+    given = batch()
+    tokens = replace(REGRESSION, planner_reads=("scene", "track")).build(vla)
+    heard = replace(REGRESSION, planner_reads=("language",)).build(vla)
+    for stage, reached, left in (
+        (tokens, "planner.inputs.scene", "language."),
+        (heard, "language.", "planner.inputs.scene"),
+    ):
+        vla.zero_grad()
+        stage.loss_of(given, None).loss.backward()
+        names = {name for name, p in vla.named_parameters() if p.grad is not None and p.grad.any()}
+        assert any(name.startswith(reached) for name in names)
+        assert not any(name.startswith(left) for name in names)
+    with pytest.raises(
+        UserError, match=r"planner_reads names 'bev', but .* scene, track, language"
+    ):
+        replace(REGRESSION, planner_reads=("bev",)).build(vla)
+
+
+def test_collisions_cost_what_the_setting_says():
+    vla, given = model(dropout=0.0), batch()
+    plain = REGRESSION.build(vla).loss_of(given, None)
+    collision = CollisionLossConfig(weight=2.5)
+    stage = replace(REGRESSION, regression=RegressionLossConfig(collision=collision)).build(vla)
+    # Others stand wherever the car would go.
+    planned = vla.regress(given).waypoints.detach()
+    boxes = torch.cat([planned, torch.tensor([1.9, 4.5, 1.5]).expand(4, 6, 3)], -1)
+    steps, mask = torch.arange(6).expand(4, 6), torch.ones(4, 6, dtype=torch.bool)
+    crowded = replace(given, traffic=TrafficTargets(boxes, steps, mask))
+    found = stage.loss_of(crowded, None)
+    assert found.parts["distance"] == plain.loss
+    assert found.parts["collision"] > 20  # square metres, of six boxes
+    torch.testing.assert_close(found.loss, plain.loss + 2.5 * found.parts["collision"])
+    with pytest.raises(UserError, match=r"set data\.planning\.targets=\[traffic\]"):
+        stage.loss_of(replace(given, traffic=None), None)

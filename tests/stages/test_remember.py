@@ -61,8 +61,8 @@ def test_the_callback_shows_the_frames_once_and_stages_share_them(
     vla, data = make_vla(), make_data("plan")
     looked = []
 
-    def stream(split, *, talk, everything):
-        looked.append((split, talk, everything))
+    def stream(split, *, talk, place):
+        looked.append((split, talk, place))
         return data.val_dataloader()
 
     data.stream = stream
@@ -80,7 +80,7 @@ def test_the_callback_shows_the_frames_once_and_stages_share_them(
         assert stage.memory is memories[vision_sha256(vla)]
         assert len(stage.memory) == 7
         assert data.unseen
-    assert looked == [("train", False, True), ("val", False, True)]
+    assert looked == [("train", False, (0, 1)), ("val", False, (0, 1))]
 
 
 def test_rows_that_only_fill_a_batch_are_not_remembered(
@@ -96,7 +96,7 @@ def test_rows_that_only_fill_a_batch_are_not_remembered(
         clip=(replace(now, images=now.images * shown, sample_tokens=(first, first, third)),),
         valid=torch.tensor([True, False, True]),
     )
-    data.stream = lambda split, *, talk, everything: [filled]
+    data.stream = lambda split, *, talk, place: [filled]
     heads = replace(PlanningStageConfig().freeze, train=("projectors.*", "language.*"), but_not=())
     stage = PlanningStageConfig(freeze=heads, remember_tokens=True).build(vla, 1)
     callbacks = [
