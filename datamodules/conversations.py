@@ -179,15 +179,15 @@ class LanguageDataModule(NuScenesDataModule):
             at_most: so many conversations, give or take a key-frame's, of key-frames that are
                 spread evenly over the split; None: all.
         """
-        for conversation in self.conversations(split, self._stride(split, at_most)):
+        every = 1
+        if at_most is not None:
+            source = self.source(split)
+            assert source is not None
+            count = sum(map(source.count, self.frame_numbers(split)))
+            every = max(math.ceil(count / at_most), 1)
+        for conversation in self.conversations(split, every):
             for turn in conversation.turns:
                 yield turn.text
-
-    def _stride(self, split: str, at_most: int | None) -> int:
-        source = self.source(split)
-        assert source is not None
-        count = sum(map(source.count, self.frame_numbers(split)))
-        return 1 if at_most is None else max(math.ceil(count / at_most), 1)
 
     def question(self, sample_token: str, text: str) -> Conversation:
         """A question of the user's own about any sample of the root, still to be answered."""

@@ -21,7 +21,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from odvla.encoders.history import after_history, uniad_history
 from odvla.errors import UserError
 from odvla.language import generation
 from odvla.language.action_bins import ActionBinStore
@@ -30,22 +29,20 @@ from odvla.language.draft import Drafting, MotionDraft
 from odvla.language.generation import Decoded
 from odvla.language.grammar import Grammar
 from odvla.language.splice import Spliced, match_objects, splice
-from odvla.language.talk_rows import seeds_of, shared_text, talk_rows
+from odvla.language.talk_rows import request_of, seeds_of, shared_text, talk_rows
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import PlanForm
-from odvla.losses.clip import Lesson
 from odvla.outputs import Generation, Perception, Regression, TalkOutput, Teaching, VLAState
 from odvla.planner import PlannerConfig
 from odvla.projectors import ProjectorConfig
+from odvla.seeing import see_clip
 from odvla.types import (
     EGO_SCALES,
     IGNORE_INDEX,
-    AgentPredictions,
     Batch,
     Frames,
     Stream,
     Talk,
-    TokenSet,
 )
 
 EGO_NOW = 9  # so many of them are of now, the rest is the history
@@ -172,54 +169,7 @@ class DrivingVLA(nn.Module):
             blind: show black images (and no lidar points), to measure what vision is worth.
             teaching: let the ground truth decide which tracks live, as in training.
         """
-        return self._perceive(clip, state, blind=blind, teaching=teaching)
-
-    def _perceive(
-        self,
-        clip: tuple[Frames, ...],
-        state: VLAState | None,
-        *,
-        blind: bool,
-        teaching: Teaching | None = None,
-    ) -> tuple[Perception, VLAState]:
-        if blind:
-            clip = tuple(_unseen(frames) for frames in clip)
-        past = state.encoder if state else None
-        query_states = dict(state.queries) if state else {}
-        agent_steps: list[AgentPredictions] = []
-        lessons: list[Lesson] = []
-        tokens: dict[str, TokenSet] = {}
-        histories = None
-        if teaching is not None and teaching.history == "uniad":
-            histories = uniad_history(self.encoder, clip, past)
-        for step, frames in enumerate(clip):
-            if histories is not None:
-                features, past = self.encoder(after_history(frames), histories[step])
-            else:
-                if teaching is not None and teaching.history == "detached" and past is not None:
-                    past = past.detach()
-                features, past = self.encoder(frames, past)
-            now = step == len(clip) - 1
-            for stream, module in self.queries.items():
-                before = query_states.get(stream)
-                if stream == "track" and teaching is not None:
-                    learn: Any = module.learn
-                    tokens[stream], query_states[stream], lesson = learn(
-                        features, frames, before, teaching.agents[step], teaching.matcher
-                    )
-                    lessons.append(lesson)
-                # Tracks are carried from frame to frame; other streams matter only now, unless a
-                # module says that it has a memory.
-                elif now or getattr(module, "temporal", stream == "track"):
-                    tokens[stream], query_states[stream] = module(features, frames, before)
-            if "track" in tokens and isinstance(tokens["track"].predictions, AgentPredictions):
-                agent_steps.append(tokens["track"].predictions)
-        map_predictions = tokens["map"].predictions if "map" in tokens else None
-        assert not isinstance(map_predictions, AgentPredictions)
-        perception = Perception(
-            features, tokens, tuple(agent_steps), map_predictions, tuple(lessons)
-        )
-        return perception, VLAState(past, query_states)
+        return see_clip(self.encoder, self.queries, clip, state, blind=blind, teaching=teaching)
 
     # -- talking --------------------------------------------------------------------------------
 
@@ -321,11 +271,9 @@ class DrivingVLA(nn.Module):
         if talk is None:  # all scenes of this group have ended
             nobody = torch.zeros(B, 1, dtype=torch.bool, device=batch.valid.device)
             return torch.zeros(B, 1, self.language.hidden, device=batch.valid.device), nobody
-        places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
-        request = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
         everybody = torch.arange(len(talk.frame_index), device=talk.mask.device)
         objects = self._objects(talk, perception)
-        spliced = self._spliced(batch, request, objects, everybody, perception)
+        spliced = self._spliced(batch, request_of(talk), objects, everybody, perception)
         last = spliced.attention_mask.sum(1) - 1
         ends = self.language.states(spliced)[everybody, last]  # G, D
         requests = talk.frame_index.bincount(minlength=B)
@@ -375,8 +323,7 @@ class DrivingVLA(nn.Module):
         answers: list[list[list[int]]] = [[] for _ in tokens]
         encoded, found = self._now(), Decoded([], 0, 0, 0.0, 0.0)
         if len(kept):
-            places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
-            prompt = replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
+            prompt = request_of(talk)
             spliced = self._spliced(batch, prompt, tokens, kept, perception, pad_left=True)
             encoded = self._now()
             drafts = self._drafts(batch, talk, kept, grammar) if _guesses(drafting) else ()
@@ -434,8 +381,10 @@ class DrivingVLA(nn.Module):
                 # History only sets the temporal state; as in BEVFormer, no gradient flows through
                 # it, which halves the work.
                 with torch.no_grad():
-                    _, state = self._perceive(batch.clip[:-1], state, blind=blind)
-            return self._perceive(batch.clip[-1:], state, blind=blind)
+                    _, state = see_clip(
+                        self.encoder, self.queries, batch.clip[:-1], state, blind=blind
+                    )
+            return see_clip(self.encoder, self.queries, batch.clip[-1:], state, blind=blind)
         if batch.talk is not None:
             slots = (batch.talk.input_ids < 0).any(1).nonzero()[:, 0]
             if len(slots):
@@ -499,14 +448,6 @@ class DrivingVLA(nn.Module):
     def _shown(self, stream: str, mask: Tensor) -> Tensor:
         """Which of a stream's tokens the language model is shown."""
         return torch.zeros_like(mask) if stream in self.config.hidden_streams else mask
-
-
-def _unseen(frames: Frames) -> Frames:
-    """Black images, and a lidar to which nothing came back."""
-    lidar = frames.lidar
-    if lidar is not None:
-        lidar = replace(lidar, mask=torch.zeros_like(lidar.mask))
-    return replace(frames, images=torch.zeros_like(frames.images), lidar=lidar)
 
 
 def _guesses(drafting: Drafting | None) -> bool:

@@ -1,8 +1,8 @@
 """Stage 3, planning: where the car itself goes; all but the 2D backbone learns.
 
 A plan may take several forms (`actions`): text of points, of offsets or of changes, action tokens,
-or numbers that a planner regresses (regression.py). What the stages
-before hear and write does not depend on it, so that one handoff serves all of them.
+or numbers that a planner regresses (regression.py). What the stages before hear and write does not
+depend on it, so that one handoff serves all of them.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _user(info: Mapping[str, Any]) -> str:
     places, known = object_paths(info)
     lines = ["", OBJECTS]
     for name, path, seen in zip(info["gt_names"], places, known, strict=True):
-        if (path[:, 1] <= 0).all() or (np.abs(path) > REACH_M).any():
+        if not _is_told(path):
             continue
         goes_to = _point(path[-1]) if seen[-1] else UNKNOWN_PLACE
         lines.append(f" - {_short(name)} at {_point(path[0])}, moving to {goes_to}.")
@@ -117,7 +117,7 @@ def meetings(info: Mapping[str, Any]) -> dict[int, int]:
     car = np.concatenate([np.zeros((1, 2)), np.cumsum(moves, axis=0)])
     found = {}
     for row, (path, seen) in enumerate(zip(places, known, strict=True)):
-        if (path[:, 1] <= 0).all() or (np.abs(path) > REACH_M).any():
+        if not _is_told(path):
             continue
         half_width, half_length = info["gt_boxes"][row, 3:5] / 2
         beside, ahead = np.abs(path[:, 0] - car[:, 0]), path[:, 1] - car[:, 1]
@@ -126,6 +126,11 @@ def meetings(info: Mapping[str, Any]) -> dict[int, int]:
         if close.any():
             found[row] = int(close.argmax())
     return found
+
+
+def _is_told(path: FloatArray) -> bool:
+    """Whether an object comes in front of the car, and never far from it; [7, 2]."""
+    return bool((path[:, 1] > 0).any() and (np.abs(path) <= REACH_M).all())
 
 
 def _short(name: str) -> str:

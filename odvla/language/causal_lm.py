@@ -274,11 +274,13 @@ class CausalLM(nn.Module):
         # Padding stands right of everything that counts, so causality alone keeps it out: without a
         # mask the fast attention kernels apply.
         body, embeds = self.model.base_model, spliced.embeds
+        if self.length_groups == 1:  # lengths are not asked for: a GPU need not be waited for
+            return body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         lengths, order = spliced.attention_mask.sum(1).sort()
         rows = order.chunk(self.length_groups)
         longest = [int(held[-1]) for held in lengths.chunk(self.length_groups)]
         places = sum(len(group) * most for group, most in zip(rows, longest, strict=True))
-        if len(rows) == 1 or places > MOST_PLACES * embeds.shape[:2].numel():
+        if places > MOST_PLACES * embeds.shape[:2].numel():
             return body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         groups = []
         for group, most in zip(rows, longest, strict=True):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from zlib import crc32
 
+import torch
 from torch import Tensor
 
 from odvla.types import Talk
+
+
+def request_of(talk: Talk) -> Talk:
+    """The conversations up to their last answer, which is masked."""
+    places = torch.arange(talk.mask.shape[1], device=talk.mask.device)
+    return replace(talk, mask=talk.mask & (places < talk.prompt_length[:, None]))
 
 
 def shared_text(talk: Talk, rows: Tensor) -> list[int]:

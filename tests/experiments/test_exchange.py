@@ -16,12 +16,6 @@ from odvla.metrics.planning import PlanningMetric
 from odvla.metrics.protocol import PRESETS
 
 VERSION = "v1.0-trainval"
-FILES = {
-    "gt-traj": "gt_traj.pkl",
-    "gt-traj-mask": "gt_traj_mask.pkl",
-    "planning-segmentation": "planing_gt_segmentation_val",
-    "vad-segmentation": "vad_gt_seg.pkl",
-}
 # What the released evaluation does to a raster after loading it.
 FLIPS = {"planning-segmentation": [-1], "vad-segmentation": [-1, -2]}
 
@@ -44,15 +38,6 @@ def recorded(shared):
     return np.load(shared / "golden" / "h_planning_metric.npz")
 
 
-@pytest.fixture(scope="module")
-def exported(town_root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gt")
-    for name, file in FILES.items():
-        arguments = ["data", "export", str(town_root), "--format", name, "--out"]
-        assert main([*arguments, str(folder / file)]) == 0
-    return folder
-
-
 def test_the_slow_evaluation_is_the_reference(recorded):
     rows, columns = recorded["ego_box_rows"], recorded["ego_box_cols"]
     for k in range(0, 64, 3):
@@ -72,9 +57,9 @@ def test_exported_files_give_the_collisions_of_our_metric(
     """The released evaluation on our files, and our own on the same key-frames."""
     truth = PlanningTruth.of(NuScenesDataConfig(str(town_root), VERSION).build())
     card = PRESETS[protocol]
-    rasters = pickle.loads((exported / FILES[name]).read_bytes())
-    paths = pickle.loads((exported / FILES["gt-traj"]).read_bytes())
-    masks = pickle.loads((exported / FILES["gt-traj-mask"]).read_bytes())
+    rasters = pickle.loads(exported[name].read_bytes())
+    paths = pickle.loads(exported["gt-traj"].read_bytes())
+    masks = pickle.loads(exported["gt-traj-mask"].read_bytes())
     tokens = truth.split.tokens
     assert set(rasters) == set(paths) == set(masks) == set(tokens)
     random = np.random.default_rng(0)
@@ -155,7 +140,7 @@ def test_export_and_diff_at_the_command_line(town_root, tmp_path, capsys):
 
 def test_flipped_rasters_are_told(town_root, exported, tmp_path, capsys):
     path = tmp_path / "vad_gt_seg.pkl"
-    content = pickle.loads((exported / "vad_gt_seg.pkl").read_bytes())
+    content = pickle.loads(exported["vad-segmentation"].read_bytes())
     path.write_bytes(pickle.dumps({t: v[..., ::-1] for t, v in content.items()}))
     assert main(["data", "diff", str(path), str(town_root)]) == 1
     said = capsys.readouterr().out

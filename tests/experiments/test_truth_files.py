@@ -17,22 +17,7 @@ from odvla.errors import UserError
 from odvla.metrics.protocol import PRESETS, ProtocolCard
 
 PROTOCOLS = ("uniad", "stp3", "vad", "sparsedrive")
-FILES = {
-    "gt-traj": "gt_traj.pkl",
-    "gt-traj-mask": "gt_traj_mask.pkl",
-    "planning-segmentation": "planing_gt_segmentation_val",
-    "vad-segmentation": "vad_gt_seg.pkl",
-}
 SHIFT = np.array([0.3, -0.4], dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def gt(town_root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gt")
-    for name, file in FILES.items():
-        arguments = ["data", "export", str(town_root), "--format", name, "--out"]
-        assert main([*arguments, str(folder / file)]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +70,10 @@ def default(ask):
     return ask()
 
 
-def test_our_own_pickles_give_exactly_the_numbers_of_the_default_truth(ask, default, gt):
-    rasters = (gt / FILES["planning-segmentation"], gt / FILES["vad-segmentation"])
+def test_our_own_pickles_give_exactly_the_numbers_of_the_default_truth(ask, default, exported):
+    rasters = (exported["planning-segmentation"], exported["vad-segmentation"])
     for files in ({}, {"rasters": rasters}):
-        found = ask(paths=gt / "gt_traj.pkl", **files)
+        found = ask(paths=exported["gt-traj"], **files)
         theirs, ours = _numbers(found), _numbers(default)
         # The exported path is the one that UniAD's table follows.
         for name in ("uniad", "stp3"):
@@ -102,13 +87,13 @@ def test_our_own_pickles_give_exactly_the_numbers_of_the_default_truth(ask, defa
     assert _numbers(ask(rasters=rasters)) == _numbers(default)
 
 
-def test_a_shifted_truth_gives_shifted_errors(gt, town_root, truth, tmp_path):
+def test_a_shifted_truth_gives_shifted_errors(exported, town_root, truth, tmp_path):
     """Plans on the driven path, 0.5 m from a truth shifted by (0.3, -0.4), at known steps."""
     driven = truth.driven(PRESETS["uniad"]).double().numpy()
     path = _pickle(tmp_path / "p.pkl", dict(zip(truth.split.tokens, driven, strict=True)))
-    paths = {token: values[0] + SHIFT for token, values in _load(gt / "gt_traj.pkl").items()}
+    paths = {token: values[0] + SHIFT for token, values in _load(exported["gt-traj"]).items()}
     shifted = _pickle(tmp_path / "shifted.pkl", paths)  # [6, 2], as some files have it
-    files = TruthFiles(shifted, gt / "gt_traj_mask.pkl")
+    files = TruthFiles(shifted, exported["gt-traj-mask"])
     found = score(ScoreRequest(path, town_root, protocols=("uniad", "vad"), truth=files))
     known = truth.split.mask.double().mean(0)
     uniad, vad = (found.report.numbers["planning"][name] for name in ("uniad", "vad"))
@@ -127,8 +112,8 @@ def test_a_shifted_truth_gives_shifted_errors(gt, town_root, truth, tmp_path):
         score(ScoreRequest(path, town_root, protocols=("vad",), truth=none))
 
 
-def test_the_rasters_of_a_file_are_what_is_collided_with(ask, default, gt, tmp_path):
-    empty = {t: np.zeros((1, 6, 200, 200), np.uint8) for t in _load(gt / "gt_traj.pkl")}
+def test_the_rasters_of_a_file_are_what_is_collided_with(ask, default, exported, tmp_path):
+    empty = {t: np.zeros((1, 6, 200, 200), np.uint8) for t in _load(exported["gt-traj"])}
     file = _pickle(tmp_path / "vad_gt_seg.pkl", empty)
     found = ask(rasters=(file,))
     planning = found.report.numbers["planning"]
@@ -142,11 +127,11 @@ def test_the_rasters_of_a_file_are_what_is_collided_with(ask, default, gt, tmp_p
         assert after["card"]["truth"] == "data root"
 
 
-def test_the_card_tells_the_truth_and_results_are_not_mixed(ask, default, gt, tmp_path):
-    shifted = {token: values + SHIFT for token, values in _load(gt / "gt_traj.pkl").items()}
+def test_the_card_tells_the_truth_and_results_are_not_mixed(ask, default, exported, tmp_path):
+    shifted = {token: values + SHIFT for token, values in _load(exported["gt-traj"]).items()}
     file = _pickle(tmp_path / "gt_traj.pkl", shifted)
-    (tmp_path / "gt_traj_mask.pkl").write_bytes((gt / "gt_traj_mask.pkl").read_bytes())
-    ours, others = ask(paths=gt / "gt_traj.pkl"), ask(paths=file)
+    (tmp_path / "gt_traj_mask.pkl").write_bytes(exported["gt-traj-mask"].read_bytes())
+    ours, others = ask(paths=exported["gt-traj"]), ask(paths=file)
     cards = [f.report.numbers["planning"]["uniad"]["card"] for f in (default, ours, others)]
     assert [card["driven"] for card in cards] == ["uniad", "file", "file"]
     assert cards[0]["truth"] == "data root"
@@ -161,7 +146,7 @@ def test_the_card_tells_the_truth_and_results_are_not_mixed(ask, default, gt, tm
                 refuses(results)
     # The same values in another file (here as float64) are the same truth.
     again = {token: values.astype(np.float64) for token, values in shifted.items()}
-    same = ask(paths=_pickle(tmp_path / "again.pkl", again), mask=gt / "gt_traj_mask.pkl")
+    same = ask(paths=_pickle(tmp_path / "again.pkl", again), mask=exported["gt-traj-mask"])
     assert same.report.numbers["planning"]["uniad"]["card"] == cards[2]
 
 
@@ -174,14 +159,14 @@ def test_cards_from_before_are_of_the_data_root():
         ProtocolCard.from_dict(old, "x")
 
 
-def test_missing_and_extra_samples_are_named_and_counted(ask, default, gt, tmp_path):
-    paths, masks = (_load(gt / FILES[name]) for name in ("gt-traj", "gt-traj-mask"))
+def test_missing_and_extra_samples_are_named_and_counted(ask, default, exported, tmp_path):
+    paths, masks = (_load(exported[name]) for name in ("gt-traj", "gt-traj-mask"))
     first, second = list(paths)[:2]
     for content in (paths, masks):
         content["of-another-root"] = content.pop(first)
     file = _pickle(tmp_path / "gt_traj.pkl", paths)
     _pickle(tmp_path / "gt_traj_mask.pkl", masks)
-    rasters = _load(gt / "vad_gt_seg.pkl")
+    rasters = _load(exported["vad-segmentation"])
     del rasters[second]
     found = ask(paths=file, rasters=(_pickle(tmp_path / "vad_gt_seg.pkl", rasters),))
     numbers = found.report.numbers
@@ -206,14 +191,14 @@ def test_missing_and_extra_samples_are_named_and_counted(ask, default, gt, tmp_p
         )
 
 
-def test_what_does_not_fit_is_named(ask, gt, town_root, plans, tmp_path, capsys):
-    paths, masks = (_load(gt / FILES[name]) for name in ("gt-traj", "gt-traj-mask"))
+def test_what_does_not_fit_is_named(ask, exported, town_root, plans, tmp_path, capsys):
+    paths, masks = (_load(exported[name]) for name in ("gt-traj", "gt-traj-mask"))
     token = list(paths)[3]
     file = _pickle(tmp_path / "gt_traj.pkl", paths)
     with pytest.raises(UserError, match=r"there is no .*gt_traj_mask\.pkl; name .* --truth-mask"):
         ask(paths=file)
     with pytest.raises(UserError, match="--truth-mask needs"):
-        ask(mask=gt / "gt_traj_mask.pkl")
+        ask(mask=exported["gt-traj-mask"])
     half = {t: m.copy() for t, m in masks.items()}
     half[token][0, 2] = (1, 0)
     with pytest.raises(UserError, match=f"{token}: a mask must be 0 or 1, alike for x and y"):
@@ -224,7 +209,7 @@ def test_what_does_not_fit_is_named(ask, gt, town_root, plans, tmp_path, capsys)
     for values in (paths[token][0, :5], np.float32(3), [[1.0, 2.0]] * 5 + [[1.0]], None):
         wrong = _pickle(tmp_path / "wrong.pkl", paths | {token: values})
         with pytest.raises(UserError, match=f"{token}: field 'path' must be (of shape|numbers)"):
-            ask(paths=wrong, mask=gt / "gt_traj_mask.pkl")
+            ask(paths=wrong, mask=exported["gt-traj-mask"])
     with pytest.raises(UserError, match="holds no rasters, by its name"):
         ask(rasters=(file,))
     with pytest.raises(UserError, match=r"no protocol asked for .* uses rasters of vehicles"):
@@ -233,7 +218,7 @@ def test_what_does_not_fit_is_named(ask, gt, town_root, plans, tmp_path, capsys)
                 plans,
                 town_root,
                 protocols=("vad",),
-                truth=TruthFiles(rasters=(gt / "planing_gt_segmentation_val",)),
+                truth=TruthFiles(rasters=(exported["planning-segmentation"],)),
             )
         )
     answers = tmp_path / "answers.json"
@@ -243,12 +228,13 @@ def test_what_does_not_fit_is_named(ask, gt, town_root, plans, tmp_path, capsys)
     assert "--truth is for plans" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_the_verb_takes_the_files(gt, town_root, plans, tmp_path):
+def test_the_verb_takes_the_files(exported, town_root, plans, tmp_path):
     out = tmp_path / "out"
-    command = ["score", str(plans), "--data", str(town_root), "--truth", str(gt / "gt_traj.pkl")]
-    command += ["--truth-mask", str(gt / "gt_traj_mask.pkl"), "--out", str(out)]
+    command = ["score", str(plans), "--data", str(town_root)]
+    command += ["--truth", str(exported["gt-traj"])]
+    command += ["--truth-mask", str(exported["gt-traj-mask"]), "--out", str(out)]
     for name in ("planning-segmentation", "vad-segmentation"):
-        command += ["--truth-rasters", str(gt / FILES[name])]
+        command += ["--truth-rasters", str(exported[name])]
     assert main(command) == 0
     results = json.loads((out / "results.json").read_text())
     for name in ("uniad", "stp3"):

@@ -80,6 +80,10 @@ def test_the_callback_shows_the_frames_once_and_stages_share_them(
         assert stage.memory is memories[vision_sha256(vla)]
         assert len(stage.memory) == 7
         assert data.unseen
+    # Where images may be broken they are read, to know which key-frames to leave out.
+    data.config = replace(data.config, broken_images=1)
+    make_trainer(*callbacks, max_steps=1).fit(config.build(vla, 1), data)
+    assert not data.unseen
     assert looked == [("train", False, (0, 1)), ("val", False, (0, 1))]
 
 

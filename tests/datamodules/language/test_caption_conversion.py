@@ -24,47 +24,28 @@ EXTENT_M = (-32.0, 32.0, -32.0, 32.0)
 PARTS = 16
 
 
-def _record(sample, caption):
-    return {
-        "sample_token": sample,
-        "instance_token": "i",
-        "attribute_caption": {"attribute_caption": "Auto"},
-        "depth_caption": {"depth": 7.5, "depth_caption": "nah"},
-        "localization_caption": {
-            "localization_caption": "vorne",
-            "x_offset": 1.5,
-            "y_offset": 7,
-            "localization_theta": 12.0,
-        },
-        "motion_caption": {"motion_caption": "moving", "x_vel": 1, "y_vel": 2, "bev_vel": 3},
-        "map_caption": {"map_caption": ""},
-        "relation_caption": "none",
-        "final_caption": caption,
-    }
-
-
 @pytest.fixture
 def index(circle_root):
     return load_index(circle_root, VERSION)
 
 
-def _records(index):
+def _records(index, caption_record):
     """Every annotation's caption from the last to the first, others of every kind in between."""
     records = {}
     data = index.annotations
     for row in reversed(range(len(data.frame))):
         token, sample = data.token[row].decode(), index.frames[int(data.frame[row])].token
-        records[token] = _record(sample, f"Größe {row}")
+        records[token] = caption_record(sample, f"Größe {row}")
         if row % 7 == 0:
-            records[f"elsewhere{row}"] = _record("nowhere", "x")
-            records[f"gone{row}"] = _record(sample, "x")
+            records[f"elsewhere{row}"] = caption_record("nowhere", "x")
+            records[f"gone{row}"] = caption_record(sample, "x")
     return records
 
 
 @pytest.fixture
-def captions(index, tmp_path):
+def captions(index, tmp_path, caption_record):
     """A file with two records that do not fit, early and late."""
-    records = _records(index)
+    records = _records(index, caption_record)
     own = [token for token in records if not token.startswith(("elsewhere", "gone"))]
     del records[own[2]]["final_caption"]
     records[own[-3]]["depth_caption"]["depth"] = "far"
