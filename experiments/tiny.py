@@ -71,7 +71,9 @@ def tiny() -> ExperimentConfig:
                 AgentQueriesConfig(max_tokens=12, score_threshold=0.25, birth_threshold=0.25),
                 MapQueriesConfig(queries=12, max_tokens=8),
             ),
-            language=LanguageConfig(hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320),
+            language=LanguageConfig(
+                hidden=128, layers=3, heads=4, kv_heads=2, intermediate=320, length_groups=4
+            ),
             ego_token=True,
         ),
         data=DataConfig(
@@ -96,7 +98,7 @@ def tiny() -> ExperimentConfig:
                 whole_futures_only=True,
             ),
         ),
-        tokenizer=TokenizerConfig(vocab_size=768, max_conversations=100_000),
+        tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
             perception=PerceptionStageConfig(optimiser=SEE, steps=500, gradient_clip=5.0),

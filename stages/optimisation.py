@@ -147,8 +147,74 @@ def parameter_groups(
     ]
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon; on a CPU its matrices are made orthogonal in fp32 instead of bfloat16.
+
+    Few CPUs multiply in bfloat16. On one that cannot, the 21 matrices of a language model of three
+    layers took half a second a step, longer than forward and backward (docs/decisions.md). State
+    and settings are torch's.
+
+    Args:
+        groups: of matrices.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        # With this adjustment a rate means about what it means to AdamW, whatever the shape.
+        super().__init__(groups, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; see Jordan et al. 2024."""
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._learn(parameter, group)
+        return loss
+
+    def _learn(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        grad, momentum, state = parameter.grad, group["momentum"], self.state[parameter]
+        assert grad is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        ahead = grad.lerp(mean, momentum) if group["nesterov"] else mean
+        step = orthogonal(ahead.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        length = 0.2 * math.sqrt(max(parameter.shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(step, alpha=-group["lr"] * length)
+
+
+def orthogonal(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """A matrix with the same singular vectors and all singular values near 1.
+
+    Each of the Newton-Schulz steps puts the singular values x through a x + b x^3 + c x^5.
+
+    Args:
+        matrix: [rows, columns].
+        coefficients: a, b, c.
+        steps: how many.
+        eps: least norm of the matrix that is divided by.
+    """
+    a, b, c = coefficients
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if wide else x.T
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for some groups and AdamW for the others, as one optimiser.
+    """Muon for some groups and AdamW for the others, as one optimiser.
 
     Muon (Jordan et al. 2024) takes matrices only, and Lightning's automatic optimisation takes one
     optimiser only.
@@ -162,10 +228,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([dict(group) for group in groups], {})
         matrices = [group for group in groups if group["muon"]]
         rest = [group for group in groups if not group["muon"]]
-        # With this adjustment a rate means about what it means to AdamW, whatever the shape.
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(matrices))
         if rest:
             self.parts.append(torch.optim.AdamW(rest, betas=betas))
         self._share(matrices_first=[group for part in self.parts for group in part.param_groups])

@@ -9,8 +9,10 @@ from torch import nn
 from odvla.errors import UserError
 from stages.optimisation import (
     COMPONENTS,
+    Muon,
     MuonWithAdamW,
     OptimiserConfig,
+    orthogonal,
     parameter_groups,
     trained_counts,
 )
@@ -75,6 +77,41 @@ def test_muon_gets_the_matrices_of_the_language_layers_and_no_others(make_vla):
     assert not any(group.muon for group in parameter_groups(vla.named_parameters()))
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_the_singular_values_alone_go_through_the_polynomial(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    a, b, c = 3.4445, -4.775, 2.0315
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    assert ((values > 0.6) & (values < 1.3)).all()
+    found = orthogonal(matrix, (a, b, c), 5, 1e-7)
+    torch.testing.assert_close(found, (left * values @ right).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_muon_on_a_cpu_is_torchs_to_the_rounding_of_bfloat16():
+    def matrices():
+        generator = torch.Generator().manual_seed(2)
+        shapes = ((8, 24), (24, 8))
+        return [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+
+    ours, theirs, start = matrices(), matrices(), matrices()
+    settings = {"lr": 0.05, "weight_decay": 0.1}
+    pair = (
+        (ours, Muon([{"params": ours, **settings}])),
+        (theirs, torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")),
+    )
+    for _ in range(3):
+        for values, optimiser in pair:
+            optimiser.zero_grad()
+            sum((value**2).sum() for value in values).backward()
+            optimiser.step()
+    for a, b, first in zip(ours, theirs, start, strict=True):
+        moved = (b - first).norm()
+        assert 0 < (a - b).norm() < 0.02 * moved
+
+
 def test_two_optimisers_in_one_step_as_they_do_alone():
     def parameters():
         generator = torch.Generator().manual_seed(0)
@@ -89,7 +126,7 @@ def test_two_optimisers_in_one_step_as_they_do_alone():
         {"params": ours[1:], "lr": 0.02, "weight_decay": 0.0, "muon": False},
     ]
     both = MuonWithAdamW(groups, (0.9, 0.98))
-    muon = torch.optim.Muon([alone[0]], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([{"params": [alone[0]], "lr": 0.1, "weight_decay": 0.01}])
     adamw = torch.optim.AdamW(alone[1:], lr=0.02, weight_decay=0.0, betas=(0.9, 0.98))
     halve = torch.optim.lr_scheduler.LambdaLR(both, lambda step: 0.5**step)
     for step in range(4):
