@@ -59,6 +59,7 @@ def time_stage(config: Any, stage: str, tokenizer: Any) -> tuple[float, dict[str
     settings = config.stages.of(stage)
     module = settings.build(vla)
     settings.freeze.apply(vla)
+    optimiser = module.configure_optimizers()["optimizer"]
     watch = Stopwatch()
     for name, parts in (
         ("encoder", [vla.encoder]),
@@ -67,8 +68,6 @@ def time_stage(config: Any, stage: str, tokenizer: Any) -> tuple[float, dict[str
     ):
         for part in parts:
             part.forward = watch.wrap(name, part.forward)
-    trained = [parameter for parameter in vla.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-5)
     data = data_module(config, stage, tokenizer)
     data.setup("fit")
     batches = iter(itertools.cycle(data.train_dataloader()))
