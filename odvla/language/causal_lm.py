@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from odvla.errors import UserError
 from odvla.language.model_folder import model_folder
+from odvla.language.recorded_runs import RUNS
 from odvla.language.splice import Spliced
 from odvla.types import IGNORE_INDEX
 
@@ -227,6 +228,12 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.length_groups = length_groups
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Set the mode; training gets the memory that recorded runs of decoding hold."""
+        if mode:
+            RUNS.forget(self)
+        return super().train(mode)
 
     @property
     def hidden(self) -> int:

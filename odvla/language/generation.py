@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ from odvla.language.choice import Choice
 from odvla.language.draft import Draft, Drafting, TokenTree
 from odvla.language.grammar import Grammar
 from odvla.language.kv_cache import PREFIXES, RowCache, decoding
+from odvla.language.recorded_runs import RUNS, SLOT_STEP, RecordedRuns, nodes_run
 from odvla.language.splice import Spliced
 
 FREE = 0  # state of a row without a grammar
@@ -83,6 +85,7 @@ def decode(
     drafts: Sequence[Draft] = (),
     drafting: Drafting | None = None,
     prefix: Sequence[int] = (),
+    record: bool = True,
 ) -> Decoded:
     """The most likely next token, again and again, or a random one as likely as the model says.
 
@@ -98,6 +101,7 @@ def decode(
         drafts: one a row that guesses what the row writes; they need a grammar.
         drafting: how much of a guess is tried.
         prefix: ids of text that all prompts begin with, to be remembered for later calls.
+        record: on a GPU, record runs as CUDA graphs where that is possible (see `recorded_runs`).
 
     Raises:
         UserError: prompt and answer together are longer than the model's context, the temperature
@@ -120,7 +124,7 @@ def decode(
             choice = Choice(language, grammar, seeds, temperature)
             settings = drafting or Drafting()
             decoder = _Decoder(language, prompts, end_id, max_new_tokens, choice, drafts, settings)
-            return decoder.run(prefix)
+            return decoder.run(prefix, record=record)
     finally:
         language.train(training)
 
@@ -186,13 +190,23 @@ class _Decoder:
         # The last row that runs has all the nodes, and writes them behind its last token at worst.
         nodes = max(LEAST_NODES, drafting.tokens_per_run if drafts else 1, max_new_tokens)
         capacity = self.embeds.shape[1] + max_new_tokens + nodes + ROUND
-        self.cache = RowCache(language.model.config.num_hidden_layers, capacity)
+        self.layers = language.model.config.num_hidden_layers
+        self.cache = RowCache(self.layers, capacity)
+        self.recorded: RecordedRuns | None = None
 
-    def run(self, prefix: Sequence[int]) -> Decoded:
+    def run(self, prefix: Sequence[int], *, record: bool) -> Decoded:
         """Write all rows to their ends."""
         started = read = self._now()
         if self.limit > 0:
-            with decoding(self.language.model, self.embeds.shape[1] + self.limit):
+            rows, capacity = len(self.rows), self.cache.capacity
+            with (
+                RUNS.lend(self.language, self.layers, rows, capacity)
+                if record
+                else nullcontext() as self.recorded,
+                decoding(self.language.model, self.embeds.shape[1] + self.limit),
+            ):
+                if self.recorded is not None:
+                    self.cache = self.recorded.cache
                 self._read_prompts(self._known(prefix))
                 read = self._now()
                 while not all(row.done for row in self.rows):
@@ -210,7 +224,8 @@ class _Decoder:
         if kept is None:
             return 0
         if ids not in kept:
-            cache = RowCache(self.cache.layer_count, len(ids))
+            cache = RowCache(self.layers, len(ids))
+            self.runs += 1
             self._states(self.embeds[:1, : len(ids)], cache, 0, len(ids), None)
             assert cache.block is not None
             kept[ids] = cache.block
@@ -233,6 +248,7 @@ class _Decoder:
         if known:
             slots = torch.arange(S, device=self.device)
             mask = (slots <= slots[known:, None])[None, None]  # [1, 1, S - known, S]
+        self.runs += 1
         states = self._states(embeds[:, known:], self.cache, known, S, mask)
         rows = [g for g, tree in enumerate(trees) for _ in tree.tokens]
         places_read = [self._base(g) - known + d for g, t in enumerate(trees) for d in t.depths]
@@ -246,7 +262,9 @@ class _Decoder:
             TokenTree() if row.done else self._tree(g, branches=self.drafting.branches)
             for g, row in enumerate(self.rows)
         ]
-        G, T = len(trees), max(map(len, trees))
+        G, T, slot_step = len(trees), max(map(len, trees)), ROUND
+        if self.recorded is not None:
+            T, slot_step = nodes_run(T), SLOT_STEP
         base = np.array([self._base(g) for g in range(G)])
         tokens = np.full((G, T), self.end_id)
         depths = np.zeros((G, T), dtype=np.int64)
@@ -256,23 +274,37 @@ class _Decoder:
             for node, parent in enumerate(tree.parents):
                 if parent >= 0:
                     sees[g, node] |= sees[g, parent]
-        used = min(-(-(int(base.max()) + T) // ROUND) * ROUND, self.cache.capacity)
+        used = min(-(-(int(base.max()) + T) // slot_step) * slot_step, self.cache.capacity)
         slots = base[:, None] + np.arange(T)
         visible = np.tile(np.arange(used) < base[:, None, None], (1, T, 1))  # [G, T, used]
         for g in range(G):
             visible[g, :, base[g] : base[g] + T] = sees[g]
-        states = self._states(
-            self.language.embed(self._tensor(tokens)),
-            self.cache,
-            self._tensor(slots),
-            used,
-            self._tensor(visible)[:, None],
-            self._tensor(base[:, None] + depths),
-        )
+        numbers = torch.from_numpy(np.stack([tokens, slots, base[:, None] + depths]))
+        sights = torch.from_numpy(visible)
+        self.runs += 1
+        if self.recorded is not None:
+            states = self.recorded(self._read_trees, numbers, sights, self.device)
+        else:
+            states = self._read_trees(numbers.to(self.device), sights.to(self.device))
         rows = [g for g, tree in enumerate(trees) for _ in tree.tokens]
         nodes = [node for tree in trees for node in range(len(tree))]
         self.tokens_read += len(nodes)
         self._accept(trees, states[rows, nodes])
+
+    def _read_trees(self, numbers: Tensor, visible: Tensor) -> Tensor:
+        """Run the model on trees.
+
+        Args:
+            numbers: [3, G, T] ids, slots and positions of their nodes.
+            visible: [G, T, slots] what each node sees.
+
+        Returns:
+            states [G, T, D].
+        """
+        tokens, slots, positions = numbers
+        embeds = self.language.embed(tokens)
+        mask = visible[:, None]
+        return self._states(embeds, self.cache, slots, visible.shape[-1], mask, positions)
 
     def _tree(self, g: int, *, branches: bool) -> TokenTree:
         """What row g is to be run on: what it has written and not read, and a guess."""
@@ -349,7 +381,6 @@ class _Decoder:
         if positions is None:
             positions = torch.arange(used - embeds.shape[1], used, device=self.device)[None]
         cache.at(slots, used)
-        self.runs += 1
         return self.language.model.base_model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -357,9 +388,6 @@ class _Decoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
     def _now(self) -> float:
         """Seconds, when all that was asked of the device is done."""

@@ -89,8 +89,14 @@ class RowCache(Cache):
     def start_with(self, prefix: Tensor, rows: int) -> None:
         """Fill the first slots of all rows with a prefix [layers, 2, 1, K, P, E]."""
         layers, parts, _, K, P, E = prefix.shape
-        self.block = prefix.new_zeros(layers, parts, rows, K, self.capacity, E)
+        if self.block is None:
+            self.block = prefix.new_zeros(layers, parts, rows, K, self.capacity, E)
         self.block[:, :, :, :, :P] = prefix
+
+    def clear(self) -> None:
+        """Forget all keys and values, and keep their place."""
+        if self.block is not None:
+            self.block.zero_()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots that can be seen."""
