@@ -118,7 +118,8 @@ def run_task(
         mlflow_parent: id of the sweep's run.
 
     Raises:
-        Exception: whatever stopped the task; it is also recorded in its folder.
+        Exception: whatever stopped the task; it is also recorded in its folder, unless the task was
+            stopped from outside (Ctrl-C, SIGTERM).
     """
     folder = plan.task_folder(task)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,11 +135,13 @@ def run_task(
                 _score(plan, task, tracked)
             else:
                 _train(plan, task, tracked, progress, {} if memories is None else memories)
+        except (KeyboardInterrupt, SystemExit):
+            raise  # stopped from outside, no failure; its status stays, as after a kill
         except BaseException as error:
             _record_failure(folder / FAILED, error, started)
-            raise
-        finally:
             (folder / STATUS).unlink(missing_ok=True)
+            raise
+        (folder / STATUS).unlink(missing_ok=True)
 
 
 def _train(

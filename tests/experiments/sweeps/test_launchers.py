@@ -14,6 +14,7 @@ import pytest
 
 from experiments.cli import main
 from experiments.handoff import CARD
+from experiments.sweeps import work
 from experiments.sweeps.graph import FAILED, plan_sweep
 from experiments.sweeps.launchers.slurm import write_script
 from experiments.sweeps.work import STATUS, run_task
@@ -142,6 +143,25 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, ca
     assert "positions" in json.loads(broken[0].read_text())["error"]
     assert len(list(folder.glob("points/*/results.json"))) == 1
     assert "1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), RuntimeError("broken")])
+def test_a_task_that_was_stopped_has_not_failed(stop, declared, town_root, monkeypatch):
+    from experiments.find import find_sweep
+
+    name = "my_sweeps:planning_steps"
+    plan = plan_sweep(find_sweep(name), name, Path("runs"), data_root=str(town_root))
+    task = next(task for task in plan.tasks if task.kind == "perception")
+
+    def train(*_):
+        raise stop
+
+    monkeypatch.setattr(work, "_train", train)
+    with pytest.raises(type(stop)):
+        run_task(plan, declared / "runs", task)
+    failed = isinstance(stop, RuntimeError)
+    assert (plan.task_folder(task) / FAILED).is_file() == failed
+    assert (plan.task_folder(task) / STATUS).is_file() != failed  # how far it came stays known
 
 
 def kill_once_begun(folder, killed):
