@@ -8,7 +8,7 @@ their lengths are those of the dialect with a short text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from odvla.queries.scene import SceneSamplerConfig
 from odvla.types import CAMERAS, SLOT_IDS, Conversation
 from odvla.vla import DrivingVLA
 from stages.base import StageConfig
-from stages.optimisation import parameter_groups, trained_counts
+from stages.optimisation import muon_weights, parameter_groups, trained_counts
 
 BYTES = 4  # of a weight, a gradient and each number of an optimiser: all fp32
 GIB = 2**30
@@ -112,7 +112,7 @@ def _budget(
         activations += language_bytes(config, stage, vocabulary, load)
     if not looks_once(settings):
         activations += vision_bytes(config, stage, rows, steps)
-    muon = settings.optimiser.muon > 0
+    muon = muon_weights(vla, settings.optimiser)
     stored = sum(t.numel() * t.element_size() for t in _tensors(vla))
     samples = _samples(config, stage)
     devices = config.trainer.processes
@@ -121,7 +121,7 @@ def _budget(
         stage=stage,
         trained=trained_counts(vla.named_parameters()),
         tokens=load.places if load else 0,
-        memory=memory_of(vla, config.trainer.sharing, devices, activations, muon=muon),
+        memory=memory_of(vla, config.trainer.sharing, devices, activations, muon),
         samples=settings.steps * batch if settings.steps else samples,
         steps=settings.steps or (None if samples is None else -(-samples // batch)),
         handoff=stored,
@@ -140,7 +140,7 @@ def _tensors(vla: DrivingVLA) -> list[torch.Tensor]:
 
 
 def memory_of(
-    vla: DrivingVLA, sharing: str, devices: int, activations: int, *, muon: bool
+    vla: DrivingVLA, sharing: str, devices: int, activations: int, muon: Collection[str]
 ) -> Memory:
     """Memory of a process, from a model whose frozen parameters are marked.
 
@@ -149,10 +149,10 @@ def memory_of(
         sharing: a strategy's name; "auto": one process.
         devices: processes.
         activations: bytes that the backward pass needs.
-        muon: the language model's matrices learn by Muon, with one number each instead of two.
+        muon: names of what learns by Muon, with one number each instead of two.
     """
     weights = BYTES * sum(p.numel() for p in vla.parameters())
-    groups = parameter_groups(vla.named_parameters(), muon=muon)
+    groups = parameter_groups(vla.named_parameters(), muon)
     sizes = [(group.muon, sum(p.numel() for p in group.parameters)) for group in groups]
     gradients = BYTES * sum(count for _, count in sizes)
     optimiser = BYTES * sum(count * (1 if by_muon else 2) for by_muon, count in sizes)

@@ -41,6 +41,8 @@ SEE = OptimiserConfig(
     warmup=0.08,
     weight_decay=0.01,
     betas=(0.9, 0.98),
+    muon=3.0,
+    muon_components=("backbone", "encoder", "queries"),
 )
 SPEAK = OptimiserConfig(
     lr=LearningRates(projectors=5e-4, language=5e-4),

@@ -21,7 +21,12 @@ from odvla.outputs import Perception, VLAState
 from odvla.token_memory import TokenMemory
 from odvla.types import Batch
 from odvla.vla import DrivingVLA
-from stages.optimisation import MuonWithAdamW, OptimiserConfig, parameter_groups
+from stages.optimisation import (
+    MuonWithAdamW,
+    OptimiserConfig,
+    muon_weights,
+    parameter_groups,
+)
 from stages.sharding import shard
 
 Record = dict[str, Any]  # one line of predictions.jsonl
@@ -197,7 +202,8 @@ class StageModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """One learning rate a component."""
         settings = self.config.optimiser
-        groups = parameter_groups(self.vla.named_parameters(), muon=settings.muon > 0)
+        muon = muon_weights(self.vla, settings)
+        groups = parameter_groups(self.vla.named_parameters(), muon)
         # Muon's groups first, as MuonWithAdamW orders them: the curves below follow this order.
         groups.sort(key=lambda group: not group.muon)
         options: list[dict[str, Any]] = [

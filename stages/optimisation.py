@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,10 @@ COMPONENTS = {
     "language": "language.",
     "planner": "planner.",
 }
+
+# Of Muon, as torch.optim.Muon has them.
+MOMENTUM = 0.95
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, LEAST_NORM = (3.4445, -4.775, 2.0315), 5, 1e-7
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ class OptimiserConfig:
     final_lr: float = 0.0  # part of the peak that a cosine ends at
     weight_decay: float = 0.0  # of matrices; vectors (biases, norms) never decay
     betas: tuple[float, float] = (0.9, 0.999)
-    # Above 0: the language model's weight matrices learn by Muon, at this multiple of its rate. A
+    # Above 0: weight matrices of some components learn by Muon, at this multiple of their rate. A
     # model that starts from nothing needs far fewer steps; the paper's stages use AdamW alone.
     muon: float = 0.0
+    muon_components: tuple[str, ...] = ("language",)
 
     def __post_init__(self) -> None:
         """Check values.
@@ -74,6 +79,11 @@ class OptimiserConfig:
         """
         if self.muon < 0:
             raise UserError(f"optimiser.muon is a multiple of a rate, not {self.muon}")
+        for name in self.muon_components:
+            if name not in COMPONENTS:
+                raise UserError(
+                    f"optimiser.muon_components: {name!r} is none of {', '.join(COMPONENTS)}"
+                )
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a part of all steps below 1, not {self.warmup}")
         if not 0 <= self.final_lr <= 1:
@@ -121,14 +131,37 @@ def component_of(name: str) -> str:
     raise UserError(f"parameter {name!r} belongs to none of {', '.join(COMPONENTS)}")
 
 
+def muon_weights(model: nn.Module, settings: OptimiserConfig) -> frozenset[str]:
+    """Names of the parameters that learn by Muon.
+
+    They are the weights of linear layers and convolutions, but those of the language model only
+    inside its layers: its embeddings, with which its head may be tied, learn word by word.
+    """
+    if settings.muon == 0:
+        return frozenset()
+    names = set()
+    for place, module in model.named_modules():
+        name = f"{place}.weight"
+        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        if not name.startswith(tuple(COMPONENTS.values())):
+            continue
+        component = component_of(name)
+        if component in settings.muon_components and (
+            component != "language" or ".layers." in name
+        ):
+            names.add(name)
+    return frozenset(names)
+
+
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, muon: bool = False
+    parameters: Iterable[tuple[str, nn.Parameter]], muon: Collection[str] = ()
 ) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group.
 
     Args:
         parameters: named_parameters() of the model.
-        muon: matrices inside the language model's layers get a group of their own.
+        muon: names of those that get groups of their own, see `muon_weights`.
 
     Raises:
         UserError: a trainable parameter belongs to no component, or none trains.
@@ -136,8 +169,7 @@ def parameter_groups(
     found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            matrix = parameter.ndim == 2 and name.startswith("language.") and ".layers." in name
-            key = (component_of(name), parameter.ndim > 1, muon and matrix)
+            key = (component_of(name), parameter.ndim > 1, name in muon)
             found.setdefault(key, []).append(parameter)
     if not found:
         raise UserError("no parameter of the model trains")
@@ -147,26 +179,24 @@ def parameter_groups(
     ]
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon; on a CPU its matrices are made orthogonal in fp32 instead of bfloat16.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), as torch.optim.Muon, of filters too, and on a CPU in fp32.
 
-    Few CPUs multiply in bfloat16. On one that cannot, the 21 matrices of a language model of three
-    layers took half a second a step, longer than forward and backward (docs/decisions.md). State
-    and settings are torch's.
+    A filter [out, in, ...] is taken as the matrix [out, in * ...]. Few CPUs multiply in bfloat16,
+    in which torch makes matrices orthogonal everywhere. On one that cannot, the 21 matrices of a
+    language model of three layers took half a second a step, longer than forward and backward
+    (docs/decisions.md).
 
     Args:
-        groups: of matrices.
+        groups: of matrices and filters, with "lr" and "weight_decay".
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        # With this adjustment a rate means about what it means to AdamW, whatever the shape.
-        super().__init__(groups, adjust_lr_fn="match_rms_adamw")
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.1})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; see Jordan et al. 2024."""
-        if self.param_groups[0]["params"][0].device.type != "cpu":
-            return super().step(closure)
+        """One step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,40 +204,33 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._learn(parameter, group)
+                    self._learn(parameter, group["lr"], group["weight_decay"])
         return loss
 
-    def _learn(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        grad, momentum, state = parameter.grad, group["momentum"], self.state[parameter]
+    def _learn(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
+        grad, state = parameter.grad, self.state[parameter]
         assert grad is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        ahead = grad.lerp(mean, momentum) if group["nesterov"] else mean
-        step = orthogonal(ahead.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        length = 0.2 * math.sqrt(max(parameter.shape))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(step, alpha=-group["lr"] * length)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - MOMENTUM)
+        ahead = grad.lerp(mean, MOMENTUM).flatten(1)  # Nesterov's
+        step = orthogonal(ahead.float() if ahead.device.type == "cpu" else ahead.bfloat16())
+        # With this factor a rate means about what it means to AdamW, whatever the shape.
+        length = 0.2 * math.sqrt(max(ahead.shape))
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(step.view_as(parameter), alpha=-lr * length)
 
 
-def orthogonal(
-    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> torch.Tensor:
-    """A matrix with the same singular vectors and all singular values near 1.
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [rows, columns] with the same singular vectors and all singular values near 1.
 
     Each of the Newton-Schulz steps puts the singular values x through a x + b x^3 + c x^5.
-
-    Args:
-        matrix: [rows, columns].
-        coefficients: a, b, c.
-        steps: how many.
-        eps: least norm of the matrix that is divided by.
     """
-    a, b, c = coefficients
+    a, b, c = NEWTON_SCHULZ
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm().clamp(min=LEAST_NORM)
+    for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
     return x if wide else x.T

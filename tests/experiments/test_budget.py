@@ -63,22 +63,22 @@ def test_strategies_share_what_they_say():
     config = find_experiment("smoke")
     vla, _ = random_model(config)
     numbers = sum(p.numel() for p in vla.parameters())
-    alone = memory_of(vla, "auto", 1, 10, muon=False)
+    alone = memory_of(vla, "auto", 1, 10, ())
     assert (alone.weights, alone.gradients, alone.optimiser) == (
         4 * numbers,
         4 * numbers,
         8 * numbers,
     )
     assert alone.exchange == 0
-    ddp = memory_of(vla, "ddp", 4, 10, muon=False)
+    ddp = memory_of(vla, "ddp", 4, 10, ())
     assert (ddp.weights, ddp.exchange) == (4 * numbers, 4 * numbers)
-    parts = memory_of(vla, "fsdp2", 4, 10, muon=False)
+    parts = memory_of(vla, "fsdp2", 4, 10, ())
     assert (parts.weights, parts.gradients, parts.optimiser) == (numbers, numbers, 2 * numbers)
-    zero = memory_of(vla, "deepspeed_2", 4, 10, muon=False)
+    zero = memory_of(vla, "deepspeed_2", 4, 10, ())
     assert (zero.weights, zero.gradients, zero.optimiser) == (4 * numbers, numbers, 2 * numbers)
     for parameter in vla.language.parameters():
         parameter.requires_grad_(False)
-    less = memory_of(vla, "auto", 1, 10, muon=False)
+    less = memory_of(vla, "auto", 1, 10, ())
     assert less.weights == alone.weights
     assert less.optimiser < alone.optimiser
 
