@@ -126,6 +126,8 @@ def cached_infos(path: Path) -> dict[str, Driven]:
 
 def _driven(info: Any, path: Path, token: str) -> Driven:
     fields = {}
+    if isinstance(info, dict) and info.get("token", token) != token:
+        raise UserError(f"{path}, {token}: its field 'token' is {info['token']!r}")
     for name, shape in FIELDS.items():
         if not isinstance(info, dict) or name not in info:
             raise UserError(f"{path}, {token}: field {name!r} is missing")
@@ -133,10 +135,14 @@ def _driven(info: Any, path: Path, token: str) -> Driven:
             values = np.asarray(info[name], dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, {token}: field {name!r} is not numeric") from error
-        if values.shape != shape or not np.isfinite(values).all():
+        if values.shape != shape:
             raise UserError(
-                f"{path}, {token}: field {name!r} must be finite numbers of shape {shape}, "
-                f"its shape is {values.shape}"
+                f"{path}, {token}: field {name!r} must be numbers of shape {shape}, its shape is "
+                f"{values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{path}, {token}: field {name!r} must be finite numbers, not {values.tolist()}"
             )
         if name in FLAGS and not np.isin(values, (0, 1)).all():
             raise UserError(f"{path}, {token}: field {name!r} must be 0s and 1s, not {values}")

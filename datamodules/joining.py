@@ -171,11 +171,14 @@ class Join:
         It is logged, too, once a process, where more is left out than what belongs elsewhere.
 
         Raises:
-            UserError: no record goes with a key-frame of the split: the file is of other data.
+            UserError: there is no record, or none goes with a key-frame of the split: the file is
+                of other data.
         """
+        if not self.records:
+            raise UserError(f"{self.file}: it holds no record")
         left = tuple(LeftOut(reason, n, example) for reason, (n, example) in self.left.items())
         report = JoinReport(self.file, self.split, self.records, left, how=self.how)
-        if self.records and not self.found:
+        if not self.found:
             whose = "this data root" if self.split == "all" else f"the {self.split} split"
             why = "; ".join(f"{le.count}: {le.reason}, e.g. {le.example}" for le in left)
             raise UserError(
