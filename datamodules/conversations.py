@@ -42,6 +42,9 @@ class LanguageDataConfig(NuScenesDataConfig):
     sampling: str = "all"
     # Records of a training file about an evaluation scene are refused, or left out and counted.
     leaks: Leaks = "refuse"
+    # So many records of a file may not fit (of TOD3Cap's: broken_captions). Each is named in the
+    # log, left out and counted.
+    broken_records: int = 0
 
     def __post_init__(self) -> None:
         """Check values.
@@ -54,6 +57,8 @@ class LanguageDataConfig(NuScenesDataConfig):
             raise UserError(
                 f"data.eval_frames_stride must be at least 1, not {self.eval_frames_stride}"
             )
+        if self.broken_records < 0:
+            raise UserError(f"data.broken_records must be 0 or more, not {self.broken_records}")
         for name in ("conversations_per_frame", "eval_conversations_per_frame"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} must be 0 (all) or more, not {getattr(self, name)}")
@@ -123,6 +128,7 @@ class LanguageDataModule(NuScenesDataModule):
             scenes,
             limit="data.train_scenes" if split == "train" else "data.eval_scenes",
             leaks=None if all_splits else self.config.leaks,
+            unfit=self.config.broken_records,
         )
 
     def picker(self, split: str) -> Picker:

@@ -99,7 +99,7 @@ def read_cache(join: Join) -> list[tuple[int, Driven]]:
     Raises:
         UserError: see `cached_infos`.
     """
-    return joined(join, cached_infos(join.file))
+    return joined(join, cached_infos(join))
 
 
 def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
@@ -108,20 +108,27 @@ def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
     return [(frame, driven) for frame, driven in frames if frame is not None]
 
 
-def cached_infos(path: Path) -> dict[str, Driven]:
+def cached_infos(join: Join) -> dict[str, Driven]:
     """The cached fields by sample token, in the order of the file.
+
+    Args:
+        join: with the file; it counts records that do not fit, and nothing else yet.
 
     Raises:
         UserError: the file is missing or refused, or a record does not fit; it names file, token
             and field.
     """
+    path = join.file
     content = load_arrays(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dict keyed by sample token")
     for token in content:
         if not isinstance(token, str):
             raise UserError(f"{path}: its keys must be sample tokens, not {token!r}")
-    return {token: _driven(info, path, token) for token, info in content.items()}
+    infos = (
+        (token, join.fitting(token, _driven, info, path, token)) for token, info in content.items()
+    )
+    return {token: driven for token, driven in infos if driven is not None}
 
 
 def _driven(info: Any, path: Path, token: str) -> Driven:
@@ -285,7 +292,7 @@ class GPTDriverDataModule(LanguageDataModule):
         """Plans of one split; evaluation always has all key-frames."""
         config, folder = self.config, self.config.language_folder
         join = self.join(folder / config.cache_file, split, all_splits=True)
-        infos = cached_infos(join.file)
+        infos = cached_infos(join)
         pairs = joined(join, infos)
         listing: tuple[JoinReport, ...] = ()
         if split == "train" and config.whole_futures_only:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
@@ -34,16 +36,25 @@ def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, 
     path = join.file
     pairs: list[tuple[int, Described]] = []
     for name, record in list_items(read_json(path), path):
-        sample = text_field(record, "sample_token", path, name)
-        question = text_field(record, "question", path, name)
-        answer = text_field(record, answer_field, path, name)
-        for other in ANSWER_FIELDS:
-            if other in record:
-                text_field(record, other, path, name)
+        told = join.fitting(name, _described, record, path, name, answer_field)
+        if told is None:
+            continue
+        sample, described = told
         frame = join.frame(sample, name)
         if frame is not None:
-            pairs.append((frame, (question, answer)))
+            pairs.append((frame, described))
     return pairs
+
+
+def _described(record: Any, path: Path, name: str, answer_field: str) -> tuple[str, Described]:
+    """Sample token and what is said of it."""
+    sample = text_field(record, "sample_token", path, name)
+    question = text_field(record, "question", path, name)
+    answer = text_field(record, answer_field, path, name)
+    for other in ANSWER_FIELDS:
+        if other in record:
+            text_field(record, other, path, name)
+    return sample, (question, answer)
 
 
 def scene_summaries(described: Mapping[int, tuple[Described, ...]], most: int) -> dict[int, str]:
