@@ -18,6 +18,7 @@ from datamodules.collate import Tokenises
 from datamodules.ego_state import ego_state
 from datamodules.joining import Join, JoinReport, Leaks
 from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
+from datamodules.packed_records import PackedRecords
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index
 from datamodules.subset import check_sampling, chosen
@@ -230,20 +231,31 @@ class LanguageDataModule(NuScenesDataModule):
 
 @dataclass(frozen=True)
 class FrameRecords(ConversationSource, Generic[_R]):
-    """A source that holds, for each key-frame number, the records of one data set."""
+    """A source that holds, for each key-frame number, the records of one data set: packed."""
 
     index: Index
     dialect: Dialect
     records: Mapping[int, tuple[_R, ...]]
     reports: tuple[JoinReport, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Pack the records."""
+        object.__setattr__(self, "records", PackedRecords.of(self.records))
+
+    @property
+    def packed(self) -> PackedRecords[_R]:
+        """The records."""
+        assert isinstance(self.records, PackedRecords)
+        return self.records
+
     def count(self, frame: int) -> int:
         """Records of a key-frame."""
-        return len(self.records.get(frame, ()))
+        return self.packed.count(frame)
 
     def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
         """The conversation about one record."""
-        return self.conversation(self.index.frames[frame], number, self.records[frame][number], ego)
+        record = self.packed.record(frame, number)
+        return self.conversation(self.index.frames[frame], number, record, ego)
 
     def conversation(
         self, frame: FrameRecord, number: int, record: _R, ego: EgoState
