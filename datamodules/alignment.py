@@ -149,7 +149,7 @@ class AlignmentDataModule(LanguageDataModule):
         pairs = read_nucaption(join, self.config.nucaption_answer)
         summaries = []
         for frame, records in group_by_frame(pairs).items():
-            distinct = list(dict.fromkeys(answer for _, answer in records))
+            distinct = list(dict.fromkeys(one.answer for one in records))
             told = distinct[: self.config.summary_answers]
             summaries.append((frame, (" ".join(told),)))
             example = self.index.frames[frame].token

@@ -25,7 +25,11 @@ from odvla.errors import UserError
 
 # What the pickle of numpy arrays and builtins names; everything else is refused.
 ALLOWED = (
-    {("builtins", name) for name in ("set", "frozenset", "slice", "complex", "bytearray")}
+    {
+        (module, name)
+        for module in ("builtins", "__builtin__")  # as protocols 0 to 2 call it
+        for name in ("set", "frozenset", "slice", "complex", "bytearray")
+    }
     | {
         (module, name)
         for package in ("numpy.core", "numpy._core")

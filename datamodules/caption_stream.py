@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datamodules.language_files import text_field
+from datamodules.language_files import NOT_JSON, is_unicode, text_field
 from odvla.errors import UserError
 
 CHUNK = 1 << 18  # bytes read at a time; a record has a few thousand
 LONGEST = 1 << 22  # characters a record may have
 LONGEST_PROBLEM = 200  # characters that are kept of what is wrong with a record
 Row = tuple[str, str, str]  # annotation token, sample token, final caption
-# What the data set's own code reads of a record. A relation may be "none", and an object off the
-# map has no text about it.
+# What the data set's own code reads of a record. A relation may be "none" (or null), and an object
+# off the map has no text about it.
 TEXTS = (
     "instance_token",
     "attribute_caption.attribute_caption",
@@ -37,8 +37,8 @@ NUMBERS = (
     "localization_caption.y_offset",
     "localization_caption.localization_theta",
 )
-# nuScenes has no velocity for an object that it annotates once: NaN.
-MAYBE_NAN = ("motion_caption.x_vel", "motion_caption.y_vel", "motion_caption.bev_vel")
+# Their kind is told nowhere, and nuScenes has no velocity for an object that it annotates once.
+OF_ANY_KIND = ("motion_caption.x_vel", "motion_caption.y_vel", "motion_caption.bev_vel")
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,15 @@ def check_parts(record: dict[str, Any], path: Path, token: str) -> None:
         text_field(record, field, path, token)
     for field in MAYBE_EMPTY:
         value = _value(record, field, path, token)
-        if not isinstance(value, str):
+        if not isinstance(value, str | None):
             raise UserError(f"{path}, {token}: field {field!r} must be a text, not {value!r}")
-    for field in (*NUMBERS, *MAYBE_NAN):
+    for field in NUMBERS:
         value = _value(record, field, path, token)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (math.isfinite(value) or field in MAYBE_NAN):
+        if not number or not math.isfinite(value):
             raise UserError(f"{path}, {token}: field {field!r} must be a number, not {value!r}")
+    for field in OF_ANY_KIND:
+        _value(record, field, path, token)
 
 
 def _value(record: Any, field: str, path: Path, token: str) -> Any:
@@ -136,6 +138,8 @@ def _members(text: _Text, *, begun: bool) -> Iterator[tuple[str, Any]]:
         key = text.value()
         if not isinstance(key, str):
             raise text.broken(f"expected a token, not {key!r}")
+        if not is_unicode(key):
+            raise text.broken(f"the token {key!r} has half a character (a surrogate)")
         text.take(":")
         yield key, text.value()
     text.close()
@@ -150,7 +154,8 @@ class _Text:
         self.path, self.file = path, file
         self.left, self.at = "", 0
         self.read, self.ended = start, False  # bytes before the next chunk, if there is one
-        self.bytes = codecs.getincrementaldecoder("utf-8")()
+        # A mark of the byte order at the start is no content.
+        self.bytes = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
         self.decoder = json.JSONDecoder()
         self.closing: int | None = None  # the byte of the last bracket, once it was taken
 
@@ -205,6 +210,8 @@ class _Text:
                 if len(self.left) - self.at > LONGEST or not self.more():
                     raise self.broken(error.msg) from error
                 continue
+            except NOT_JSON as error:
+                raise self.broken(str(error)) from error
             # A number that ends with the chunk may go on in the next one.
             if end < len(self.left) or isinstance(value, str | dict | list) or self.ended:
                 self.at = end

@@ -18,6 +18,7 @@ from datamodules.collate import Tokenises
 from datamodules.ego_state import ego_state
 from datamodules.joining import Join, JoinReport, Leaks
 from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
+from datamodules.packed_records import PackedRecords
 from datamodules.picking import ConversationSource, Picker
 from datamodules.records import FrameRecord, Index
 from datamodules.subset import check_sampling, chosen
@@ -42,6 +43,9 @@ class LanguageDataConfig(NuScenesDataConfig):
     sampling: str = "all"
     # Records of a training file about an evaluation scene are refused, or left out and counted.
     leaks: Leaks = "refuse"
+    # So many records of a file may not fit (of TOD3Cap's: broken_captions). Each is named in the
+    # log, left out and counted.
+    broken_records: int = 0
 
     def __post_init__(self) -> None:
         """Check values.
@@ -54,6 +58,8 @@ class LanguageDataConfig(NuScenesDataConfig):
             raise UserError(
                 f"data.eval_frames_stride must be at least 1, not {self.eval_frames_stride}"
             )
+        if self.broken_records < 0:
+            raise UserError(f"data.broken_records must be 0 or more, not {self.broken_records}")
         for name in ("conversations_per_frame", "eval_conversations_per_frame"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} must be 0 (all) or more, not {getattr(self, name)}")
@@ -123,6 +129,7 @@ class LanguageDataModule(NuScenesDataModule):
             scenes,
             limit="data.train_scenes" if split == "train" else "data.eval_scenes",
             leaks=None if all_splits else self.config.leaks,
+            unfit=self.config.broken_records,
         )
 
     def picker(self, split: str) -> Picker:
@@ -224,20 +231,31 @@ class LanguageDataModule(NuScenesDataModule):
 
 @dataclass(frozen=True)
 class FrameRecords(ConversationSource, Generic[_R]):
-    """A source that holds, for each key-frame number, the records of one data set."""
+    """A source that holds, for each key-frame number, the records of one data set: packed."""
 
     index: Index
     dialect: Dialect
     records: Mapping[int, tuple[_R, ...]]
     reports: tuple[JoinReport, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Pack the records."""
+        object.__setattr__(self, "records", PackedRecords.of(self.records))
+
+    @property
+    def packed(self) -> PackedRecords[_R]:
+        """The records."""
+        assert isinstance(self.records, PackedRecords)
+        return self.records
+
     def count(self, frame: int) -> int:
         """Records of a key-frame."""
-        return len(self.records.get(frame, ()))
+        return self.packed.count(frame)
 
     def make(self, frame: int, number: int, *, ego: EgoState) -> Conversation:
         """The conversation about one record."""
-        return self.conversation(self.index.frames[frame], number, self.records[frame][number], ego)
+        record = self.packed.record(frame, number)
+        return self.conversation(self.index.frames[frame], number, record, ego)
 
     def conversation(
         self, frame: FrameRecord, number: int, record: _R, ego: EgoState

@@ -18,7 +18,7 @@ from odvla.types import Conversation
 # Entries of Conversation.meta that have few values.
 GROUPS = (
     "dataset", "template_type", "num_hop", "command", "known_waypoints", "class", "topic", "tags",
-    "part", "decision",
+    "part", "decision", "view",
 )  # fmt: skip
 SHORT = 30  # characters of an answer that may come often
 COMMON = 8  # of them are told
@@ -140,7 +140,7 @@ def describe(
     for number, conversation in enumerate(data.conversations(split)):
         counts["kind"][conversation.kind] += 1
         for group in GROUPS:
-            if group in conversation.meta:
+            if conversation.meta.get(group):  # "" tells nothing
                 counts[group][conversation.meta[group]] += 1
         if len(conversation.reference) <= SHORT:
             answers.setdefault(conversation.kind, Counter())[conversation.reference] += 1

@@ -112,10 +112,13 @@ def read_drivelm(join: Join, *, answered: bool) -> list[tuple[int, GraphQuestion
     outside = unlisted = 0
     for scene, sample, record in key_frames(read_json(path), path):
         where = f"scene {scene}, sample {sample}"
-        objects = _key_objects(record, path, where)
+        told = join.fitting(where, _key_frame, record, path, (scene, sample), answered)
+        if told is None:
+            continue
+        objects, questions = told
         outside += sum(not one.inside for one in objects)
         listed = set(record.get("key_object_infos", ()))
-        for question in _questions(record, path, (scene, sample), answered):
+        for question in questions:
             if listed:
                 named = _NAMED.findall(f"{question.question} {question.answer}")
                 unlisted += sum(name not in listed for name in named)
@@ -151,6 +154,14 @@ def key_frames(content: Any, path: Path) -> Iterator[tuple[str, str, Mapping[str
             if not isinstance(record, Mapping):
                 raise UserError(f"{path}, scene {scene}, sample {sample}: expected an object")
             yield scene, sample, record
+
+
+def _key_frame(
+    record: Mapping[str, Any], path: Path, tokens: tuple[str, str], answered: bool
+) -> tuple[list[KeyObject], list[GraphQuestion]]:
+    """Everything a key-frame holds."""
+    objects = _key_objects(record, path, "scene {}, sample {}".format(*tokens))
+    return objects, _questions(record, path, tokens, answered)
 
 
 def _key_objects(record: Mapping[str, Any], path: Path, where: str) -> list[KeyObject]:

@@ -99,7 +99,7 @@ def read_cache(join: Join) -> list[tuple[int, Driven]]:
     Raises:
         UserError: see `cached_infos`.
     """
-    return joined(join, cached_infos(join.file))
+    return joined(join, cached_infos(join))
 
 
 def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
@@ -108,24 +108,33 @@ def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
     return [(frame, driven) for frame, driven in frames if frame is not None]
 
 
-def cached_infos(path: Path) -> dict[str, Driven]:
+def cached_infos(join: Join) -> dict[str, Driven]:
     """The cached fields by sample token, in the order of the file.
+
+    Args:
+        join: with the file; it counts records that do not fit, and nothing else yet.
 
     Raises:
         UserError: the file is missing or refused, or a record does not fit; it names file, token
             and field.
     """
+    path = join.file
     content = load_arrays(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dict keyed by sample token")
     for token in content:
         if not isinstance(token, str):
             raise UserError(f"{path}: its keys must be sample tokens, not {token!r}")
-    return {token: _driven(info, path, token) for token, info in content.items()}
+    infos = (
+        (token, join.fitting(token, _driven, info, path, token)) for token, info in content.items()
+    )
+    return {token: driven for token, driven in infos if driven is not None}
 
 
 def _driven(info: Any, path: Path, token: str) -> Driven:
     fields = {}
+    if isinstance(info, dict) and info.get("token", token) != token:
+        raise UserError(f"{path}, {token}: its field 'token' is {info['token']!r}")
     for name, shape in FIELDS.items():
         if not isinstance(info, dict) or name not in info:
             raise UserError(f"{path}, {token}: field {name!r} is missing")
@@ -133,10 +142,14 @@ def _driven(info: Any, path: Path, token: str) -> Driven:
             values = np.asarray(info[name], dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, {token}: field {name!r} is not numeric") from error
-        if values.shape != shape or not np.isfinite(values).all():
+        if values.shape != shape:
             raise UserError(
-                f"{path}, {token}: field {name!r} must be finite numbers of shape {shape}, "
-                f"its shape is {values.shape}"
+                f"{path}, {token}: field {name!r} must be numbers of shape {shape}, its shape is "
+                f"{values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{path}, {token}: field {name!r} must be finite numbers, not {values.tolist()}"
             )
         if name in FLAGS and not np.isin(values, (0, 1)).all():
             raise UserError(f"{path}, {token}: field {name!r} must be 0s and 1s, not {values}")
@@ -279,7 +292,7 @@ class GPTDriverDataModule(LanguageDataModule):
         """Plans of one split; evaluation always has all key-frames."""
         config, folder = self.config, self.config.language_folder
         join = self.join(folder / config.cache_file, split, all_splits=True)
-        infos = cached_infos(join.file)
+        infos = cached_infos(join)
         pairs = joined(join, infos)
         listing: tuple[JoinReport, ...] = ()
         if split == "train" and config.whole_futures_only:

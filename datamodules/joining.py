@@ -7,11 +7,11 @@ every record is either joined or counted under the reason it was left out for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 Leaks = Literal["refuse", "leave_out"]
 ELSEWHERE = "its sample is not in this root"
 NO_SPLIT = "its scene is in no split of this version"
+UNFIT = "it does not fit (the log says why)"
 _UNKNOWN = -1
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Join:
         limit: the setting that left the split's other scenes out, for the report.
         leaks: what happens to records that lie in an evaluation scene although the file is one of
             training records; None: the file serves all splits, so that nothing can leak.
+        unfit: so many records may not fit.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Join:
         *,
         limit: str = "",
         leaks: Leaks | None = None,
+        unfit: int = 0,
     ) -> None:
         self.file = file
         self.index = index
@@ -109,6 +114,8 @@ class Join:
         self.leaks = leaks if split == "train" else None
         self.records = 0
         self.how = ""  # set by readers of records that do not name their sample
+        self.allowed = unfit
+        self.unfit: list[str] = []  # what is wrong with the records that do not fit
         self.found = 0  # records about a wanted key-frame, whatever the reader then makes of them
         self.left: dict[str, list] = {}  # reason -> [count, first example]
         self.reasons, self.verdicts = _verdicts(index, split, {s.token for s in scenes}, limit)
@@ -129,9 +136,7 @@ class Join:
         Raises:
             UserError: a training record is about an evaluation scene, and leaks are refused.
         """
-        if token not in self._frames:
-            self._frames[token] = self.index.number_of_token.get(token, _UNKNOWN)
-        frame = self._frames[token]
+        frame = self._number(token)
         self.records += 1
         reason = ELSEWHERE if frame == _UNKNOWN else self.reasons[self.verdicts[frame]]
         if not reason:
@@ -140,6 +145,44 @@ class Join:
         if frame != _UNKNOWN:
             self.refuse_leak(frame, name)
         self.leave_out(reason, name)
+        return None
+
+    def wants(self, token: str) -> bool:
+        """Whether a sample's record would be joined; nothing is counted."""
+        frame = self._number(token)
+        return frame != _UNKNOWN and not self.reasons[self.verdicts[frame]]
+
+    def _number(self, token: str) -> int:
+        if token not in self._frames:
+            self._frames[token] = self.index.number_of_token.get(token, _UNKNOWN)
+        return self._frames[token]
+
+    def fitting(
+        self, name: str, read: Callable[_P, _T], *args: _P.args, **options: _P.kwargs
+    ) -> _T | None:
+        """What a reader makes of a record; None: it does not fit, is left out, and counted.
+
+        Args:
+            name: of the record.
+            read: the reader, which raises a UserError that names file, record and field.
+            args: for the reader.
+            options: for the reader.
+
+        Raises:
+            UserError: more records do not fit than may; it is that of the first one.
+        """
+        try:
+            return read(*args, **options)
+        except UserError as error:
+            self.unfit.append(str(error))
+            if len(self.unfit) > self.allowed:
+                raise UserError(
+                    f"{self.unfit[0]}; it is the first of {len(self.unfit)} record(s) so far that "
+                    f"do not fit, and data.broken_records allows {self.allowed}"
+                ) from error
+        log.warning("%s; it is left out", self.unfit[-1])
+        self.records += 1
+        self.leave_out(UNFIT, name)
         return None
 
     def refuse_leak(self, frame: int, name: str) -> None:
@@ -171,11 +214,14 @@ class Join:
         It is logged, too, once a process, where more is left out than what belongs elsewhere.
 
         Raises:
-            UserError: no record goes with a key-frame of the split: the file is of other data.
+            UserError: there is no record, or none goes with a key-frame of the split: the file is
+                of other data.
         """
+        if not self.records:
+            raise UserError(f"{self.file}: it holds no record")
         left = tuple(LeftOut(reason, n, example) for reason, (n, example) in self.left.items())
         report = JoinReport(self.file, self.split, self.records, left, how=self.how)
-        if self.records and not self.found:
+        if not self.found:
             whose = "this data root" if self.split == "all" else f"the {self.split} split"
             why = "; ".join(f"{le.count}: {le.reason}, e.g. {le.example}" for le in left)
             raise UserError(

@@ -4,50 +4,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from odvla.errors import UserError
+
+# What Python's decoder says of a text that is not JSON, is nested too deeply for it, or has a
+# number of thousands of digits (a ValueError, as is JSONDecodeError).
+NOT_JSON = (ValueError, RecursionError)
 
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file.
 
     Raises:
-        UserError: the file is missing, not JSON, or has an object with a key twice.
+        UserError: the file is missing, cannot be read, is not JSON, or has an object with a key
+            twice.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=partial(_object, path))
-    except FileNotFoundError as error:
-        raise UserError(f"language file {path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"language file {path} is not JSON: {error}") from error
+    with _opened(path) as file:
+        return _content(file.read(), path)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Number and content of every line of a file of JSON lines (ndjson); empty lines hold nothing.
 
     Raises:
-        UserError: the file is missing, or a line is not JSON or has an object with a key twice.
+        UserError: the file is missing or cannot be read, or a line is not JSON or has an object
+            with a key twice.
     """
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _content(line, f"{path}, line {number}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_line(line, path, number)
+        with path.open(encoding="utf-8-sig") as file:  # a mark of the byte order is no content
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"language file {path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"language file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"language file {path} is not text in UTF-8: {error}") from error
 
 
-def _json_line(line: str, path: Path, number: int) -> Any:
+def _content(text: str, place: Path | str) -> Any:
+    """What a JSON text says."""
     try:
-        return json.loads(line, object_pairs_hook=partial(_object, f"{path}, line {number}"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"language file {path}, line {number} is not JSON: {error}") from error
+        return json.loads(text, object_pairs_hook=partial(_object, place))
+    except UserError:
+        raise
+    except NOT_JSON as error:
+        raise UserError(f"language file {place} is not JSON: {error}") from error
 
 
 def _object(place: Path | str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,7 +99,7 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
     """A text of a record; `field` may be a path such as "motion_caption.motion_caption".
 
     Raises:
-        UserError: the record is no object, or the field is missing, empty or no text.
+        UserError: the record is no object, or the field is missing, empty or no text in Unicode.
     """
     value = record
     for part in field.split("."):
@@ -99,7 +112,20 @@ def text_field(record: Any, field: str, path: Path, name: str) -> str:
         value = value[part]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{path}, {name}: field {field!r} must be a text, not {value!r}")
+    if not is_unicode(value):
+        raise UserError(
+            f"{path}, {name}: field {field!r} has half a character (a surrogate): {value!r}"
+        )
     return value.strip()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written; JSON may escape half a character, which nothing can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -1,12 +1,16 @@
 """nuCaption: questions about a scene and their descriptive answers (train.json, val.json).
 
 A file is a list of {sample_token, question, answer, answer_lidar}; answer_lidar avoids colours.
+BEV-LLM's variant of it (nuCaptionLidarView_{train,val}.json) has a field "view", too: which way the
+question looks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
@@ -22,7 +26,14 @@ from odvla.language.prompts import Dialect
 from odvla.types import Conversation, EgoState
 
 ANSWER_FIELDS = ("answer", "answer_lidar")
-Described = tuple[str, str]  # question, answer
+
+
+class Described(NamedTuple):
+    """One question about a scene."""
+
+    question: str
+    answer: str
+    view: str = ""  # "": none is told
 
 
 def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, Described]]:
@@ -34,22 +45,32 @@ def read_nucaption(join: Join, answer_field: str = "answer") -> list[tuple[int, 
     path = join.file
     pairs: list[tuple[int, Described]] = []
     for name, record in list_items(read_json(path), path):
-        sample = text_field(record, "sample_token", path, name)
-        question = text_field(record, "question", path, name)
-        answer = text_field(record, answer_field, path, name)
-        for other in ANSWER_FIELDS:
-            if other in record:
-                text_field(record, other, path, name)
+        told = join.fitting(name, _described, record, path, name, answer_field)
+        if told is None:
+            continue
+        sample, described = told
         frame = join.frame(sample, name)
         if frame is not None:
-            pairs.append((frame, (question, answer)))
+            pairs.append((frame, described))
     return pairs
+
+
+def _described(record: Any, path: Path, name: str, answer_field: str) -> tuple[str, Described]:
+    """Sample token and what is said of it."""
+    sample = text_field(record, "sample_token", path, name)
+    question = text_field(record, "question", path, name)
+    answer = text_field(record, answer_field, path, name)
+    for other in ANSWER_FIELDS:
+        if other in record:
+            text_field(record, other, path, name)
+    view = text_field(record, "view", path, name) if record.get("view") is not None else ""
+    return sample, Described(question, answer, view)
 
 
 def scene_summaries(described: Mapping[int, tuple[Described, ...]], most: int) -> dict[int, str]:
     """A scene in a few sentences, by key-frame number: the distinct answers, `most` at most."""
     return {
-        frame: " ".join(list(dict.fromkeys(answer for _, answer in records))[:most])
+        frame: " ".join(list(dict.fromkeys(one.answer for one in records))[:most])
         for frame, records in described.items()
     }
 
@@ -61,14 +82,14 @@ class SceneQuestions(FrameRecords[Described]):
         self, frame: FrameRecord, number: int, record: Described, ego: EgoState
     ) -> Conversation:
         """Word one question."""
-        question, answer = record
+        question, answer, view = record
         return Conversation(
             id=f"{frame.token}_nucaption_{number}",
             sample_token=frame.token,
             kind="caption",
             turns=self.dialect.turns("caption", answer, ego, question),
             reference=answer,
-            meta={"dataset": "nucaption", "question": question},
+            meta={"dataset": "nucaption", "question": question} | ({"view": view} if view else {}),
         )
 
 

@@ -6,6 +6,8 @@ A file is {"info": ..., "questions": [{sample_token, question, answer, template_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
@@ -14,7 +16,7 @@ from datamodules.conversations import (
     LanguageDataModule,
 )
 from datamodules.joining import Join
-from datamodules.language_files import list_items, read_json, text_field
+from datamodules.language_files import is_unicode, list_items, read_json, text_field
 from datamodules.records import FrameRecord
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
@@ -36,24 +38,33 @@ def read_nuscenes_qa(join: Join) -> list[tuple[int, Asked]]:
         raise UserError(f"{path} must hold an object with a list 'questions'")
     pairs: list[tuple[int, Asked]] = []
     for name, record in list_items(content["questions"], path):
-        sample = text_field(record, "sample_token", path, name)
-        question = text_field(record, "question", path, name)
-        template = text_field(record, "template_type", path, name)
-        if template not in TEMPLATE_TYPES:
-            raise UserError(f"{path}, {name}: unknown template_type {template!r}")
-        answer = record.get("answer")
-        # Not bool, which is an int to Python: the file says "yes" and "no".
-        if type(answer) not in (str, int) or not str(answer).strip():
-            raise UserError(
-                f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}"
-            )
-        hops = record.get("num_hop")
-        if type(hops) is not int or hops not in (0, 1):
-            raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
+        told = join.fitting(name, _asked, record, path, name)
+        if told is None:
+            continue
+        sample, asked = told
         frame = join.frame(sample, name)
         if frame is not None:
-            pairs.append((frame, (question, str(answer), template, int(hops))))
+            pairs.append((frame, asked))
     return pairs
+
+
+def _asked(record: Any, path: Path, name: str) -> tuple[str, Asked]:
+    """Sample token and question."""
+    sample = text_field(record, "sample_token", path, name)
+    question = text_field(record, "question", path, name)
+    template = text_field(record, "template_type", path, name)
+    if template not in TEMPLATE_TYPES:
+        raise UserError(f"{path}, {name}: unknown template_type {template!r}")
+    answer = record.get("answer")
+    # Not bool, which is an int to Python: the file says "yes" and "no".
+    if type(answer) not in (str, int) or not str(answer).strip():
+        raise UserError(f"{path}, {name}: field 'answer' must be a word or number, not {answer!r}")
+    if not is_unicode(str(answer)):
+        raise UserError(f"{path}, {name}: field 'answer' has half a character: {answer!r}")
+    hops = record.get("num_hop")
+    if type(hops) is not int or hops not in (0, 1):
+        raise UserError(f"{path}, {name}: field 'num_hop' must be 0 or 1, not {hops!r}")
+    return sample, (question, str(answer), template, hops)
 
 
 class ShortQuestions(FrameRecords[Asked]):

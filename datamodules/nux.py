@@ -6,6 +6,8 @@ A file is {sample_token: {"narration": text, "reasoning": text}}.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from datamodules.collate import Tokenises
 from datamodules.conversations import (
@@ -33,12 +35,18 @@ def read_nux(join: Join) -> list[tuple[int, Explained]]:
     path = join.file
     pairs: list[tuple[int, Explained]] = []
     for sample, record in dict_items(read_json(path), path):
-        narration = text_field(record, "narration", path, sample)
-        reasoning = text_field(record, "reasoning", path, sample)
+        explained = join.fitting(sample, _explained, record, path, sample)
+        if explained is None:
+            continue
         frame = join.frame(sample, sample)
         if frame is not None:
-            pairs.append((frame, (narration, reasoning)))
+            pairs.append((frame, explained))
     return pairs
+
+
+def _explained(record: Any, path: Path, sample: str) -> Explained:
+    narration = text_field(record, "narration", path, sample)
+    return narration, text_field(record, "reasoning", path, sample)
 
 
 def narration_answer(narration: str, reasoning: str) -> str:

@@ -9,7 +9,7 @@ lanes, which that loader draws anew each time, are not made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from zlib import crc32
 from datamodules.collate import Tokenises
 from datamodules.conversations import FrameRecords, LanguageDataConfig, LanguageDataModule
 from datamodules.joining import Join, JoinReport
-from datamodules.language_files import list_items, read_json, text_field
+from datamodules.language_files import is_unicode, list_items, read_json, text_field
 from datamodules.rear_axle import rear_axle_future
 from datamodules.records import FrameRecord, Index
 from odvla.errors import UserError
@@ -72,9 +72,13 @@ def read_part(part: str, join: Join) -> list[tuple[int, Asked]]:
         raise UserError(f"language folder {folder} holds no <sample token>.json")
     pairs: list[tuple[int, Asked]] = []
     for path in files:
+        # Whole, or not at all; and a foreign one is counted without being opened.
+        whole = join.fitting(path.name, _records, part, path) if join.wants(path.stem) else []
+        if whole is None:
+            continue
         frame = join.frame(path.stem, path.name)
         if frame is not None:
-            pairs.extend((frame, asked) for asked in _records(part, path))
+            pairs.extend((frame, asked) for asked in whole)
     return pairs
 
 
@@ -101,23 +105,30 @@ def planned(join: Join, frames: Iterable[int]) -> list[tuple[int, Asked]]:
     return pairs
 
 
-def _records(part: str, path: Path) -> Iterator[Asked]:
+def _records(part: str, path: Path) -> list[Asked]:
     """What a file says."""
     content = read_json(path)
     if part == "keywords":
-        yield Asked(part, 0, ACTION_QUESTION, _text(content, path))
-    elif part == "desc":
+        return [Asked(part, 0, ACTION_QUESTION, _text(content, path))]
+    if part == "desc":
         question = DESCRIPTION_QUESTIONS[crc32(path.stem.encode()) % len(DESCRIPTION_QUESTIONS)]
-        yield Asked(part, 0, question, text_field(content, "description", path, "the file"))
-    else:
-        for number, (name, record) in enumerate(list_items(content, path)):
-            question = text_field(record, "question", path, name)
-            yield Asked(part, number, question, text_field(record, "answer", path, name))
+        return [Asked(part, 0, question, text_field(content, "description", path, "the file"))]
+    return [
+        Asked(
+            part,
+            number,
+            text_field(record, "question", path, name),
+            text_field(record, "answer", path, name),
+        )
+        for number, (name, record) in enumerate(list_items(content, path))
+    ]
 
 
 def _text(content: Any, path: Path) -> str:
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{path} must hold a text, not {content!r}")
+    if not is_unicode(content):
+        raise UserError(f"{path} has half a character (a surrogate): {content!r}")
     return content.strip()
 
 

@@ -151,7 +151,8 @@ class TokenTable(Mapping[str, int]):
         Raises:
             KeyError: there is no such token.
         """
-        wanted = token.encode() if isinstance(token, str) else b""
+        # Files may ask for half a character, which no token has.
+        wanted = token.encode(errors="surrogatepass") if isinstance(token, str) else b""
         # By hand: searchsorted with a sorter would look at all of the file.
         low, high = 0, len(self.order)
         while low < high:

@@ -74,7 +74,7 @@ class TOD3CapConfig(LanguageDataConfig):
     """Settings of TOD3CapDataModule."""
 
     caption_file: str = "final_caption_bbox_token.json"
-    # So many records of that file may not fit. Each is named, left out and counted.
+    # So many records of that file may not fit (of others: broken_records).
     broken_captions: int = 0
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ TITLES = {
     "tags": "scored by tag",
     "part": "part",
     "decision": "decision",
+    "view": "view",
 }
 ROWS = 10  # of a table of counts; the rest is summed up
 BAR = 24  # characters of the longest bar

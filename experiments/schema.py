@@ -40,7 +40,9 @@ SPEED_SETTINGS = (
     "val_every",
     "feature_cache",
     "length_groups",
-    "broken_captions",  # with any budget that lets a stage run, the same records are left out
+    # With any budget that lets a stage run, the same records are left out.
+    "broken_captions",
+    "broken_records",
 )
 
 

@@ -1,5 +1,6 @@
 """Reading on many processes: every key-frame once, and nothing in a worker grows."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,17 +10,24 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from datamodules.collate import Collate
+from datamodules.ego_state import ego_state
 from datamodules.nuscenes import FrameDataset, NuScenesDataConfig, start_worker
+from datamodules.nuscenes_qa import NuScenesQAConfig
 from datamodules.picking import Picker
 from datamodules.sampling import ClipSampler, StreamBatchSampler
+from odvla.language.prompts import Dialect
 
 RANKS, WORKERS = 2, 4
 
 
 def _own_memory():
-    """Bytes of this process that are no file's pages (Linux)."""
+    """Bytes that this process has written to and shares with no other (Linux).
+
+    Not "Anonymous": what a worker inherits is in there from the start, whether it has copied it yet
+    or not.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) * 1024
 
 
 class Watched(FrameDataset):
@@ -98,6 +106,70 @@ def test_nothing_in_a_worker_grows_over_epochs(town_root):
         after.append(max(sizes.values()) / 2**20)
     # The first epoch warms up: allocator, map arrays, imports.
     assert after[3] - after[1] < 4.0, after
+
+
+class Talking(torch.utils.data.Dataset):
+    """Makes a conversation of a key-frame, as a training row does; says which process, its size."""
+
+    def __init__(self, source, frames, ego):
+        self.source, self.frames, self.ego = source, frames, ego
+
+    def __getitem__(self, request):
+        frame, draw = request
+        self.source.make(frame, draw % self.source.count(frame), ego=self.ego)
+        return os.getpid(), _own_memory() if draw % 20 == 0 else 0
+
+
+def test_workers_do_not_copy_the_records_that_they_read(town_root, tmp_path):
+    """Python objects would become a worker's own as it reads them, more with every epoch."""
+    index = _data(town_root).index
+    (scene, *_) = index.scenes_of("train")
+    tokens = [index.frames[n].token for n in range(scene.first, scene.last)]
+    path = tmp_path / "nuscenes_qa" / "NuScenes_train_questions.json"
+    path.parent.mkdir()
+    questions = [
+        {
+            "sample_token": tokens[n % len(tokens)],
+            "question": f"There is moving truck {n}; how many things are to the back of it?",
+            "answer": str(n % 11),
+            "template_type": "count",
+            "num_hop": n % 2,
+        }
+        for n in range(30_000)
+    ]
+    path.write_text(json.dumps({"info": {}, "questions": questions}))
+    del questions
+    settings = {"image_size": (16, 9), "language_root": str(tmp_path)}
+    data = NuScenesQAConfig(str(town_root), "v1.0-trainval", **settings).build(None, Dialect())
+    source = data.source("train")
+    ego = ego_state(index, index.frames[scene.first])
+    generator = np.random.default_rng(0)
+
+    class Drawn:
+        def __len__(self):
+            return 20
+
+        def __iter__(self):
+            draws = generator.integers(0, 2**31, (20, 100))
+            frames = generator.integers(scene.first, scene.last, (20, 100))
+            rows = zip(frames.tolist(), draws.tolist(), strict=True)
+            return (list(zip(*row, strict=True)) for row in rows)
+
+    loader = DataLoader(
+        Talking(source, range(scene.first, scene.last), ego),
+        batch_sampler=Drawn(),
+        num_workers=2,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+        persistent_workers=True,
+    )
+    after = []
+    for _ in range(3):
+        sizes = {pid: own for batch in loader for pid, own in batch if own}
+        after.append(max(sizes.values()) / 2**20)
+    assert after[2] - after[0] < 2.0, after
+    numbers = [data.source("train").count(n) for n in range(scene.first, scene.last)]
+    assert sum(numbers) == 30_000
 
 
 def test_workers_share_the_index(town_root):

@@ -1,12 +1,14 @@
 """The language data sets in hand-written files: what is read."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
 from datamodules.agent_trajectories import AgentTrajectoriesConfig
 from datamodules.alignment import AlignmentConfig, map_text
+from datamodules.description import describe
 from datamodules.gpt_driver import GPTDriverConfig
 from datamodules.mixture import MixtureConfig
 from datamodules.nucaption import NuCaptionConfig
@@ -225,3 +227,18 @@ def test_left_out_objects_and_whole_futures_are_counted(root, build):
         "its sample belongs to the val split": 13,
         "split.json does not list it for training": 10,
     }
+
+
+def test_a_view_that_a_question_has_is_told(root, tmp_path, build):
+    """BEV-LLM's variant of nuCaption."""
+    records = json.loads((root / "language/nucaption/train.json").read_text())
+    records = [record for record in records if record["sample_token"] != "of-another-root"]
+    for record in records[::2]:
+        record["view"] = "front left"
+    name = "nuCaptionLidarView_{}.json"
+    (tmp_path / name.format("train")).write_text(json.dumps(records))
+    files = (name.format("train"), name.format("val"))
+    data = build(NuCaptionConfig, root, language_root=str(tmp_path), nucaption_files=files)
+    told = [conversation.meta.get("view", "") for conversation in data.conversations("train")]
+    assert sorted(told) == sorted(record.get("view", "") for record in records)
+    assert describe(data, "train").counts["view"] == {"front left": -(-len(records) // 2)}

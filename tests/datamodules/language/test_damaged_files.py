@@ -92,8 +92,8 @@ BROKEN = {
                 r"field 'localization_caption.x_offset' must be a number, not nan",
             ),
             (
-                lambda c: next(iter(c.values()))["motion_caption"].update(bev_vel="fast"),
-                r"field 'motion_caption.bev_vel' must be a number, not 'fast'",
+                lambda c: next(iter(c.values()))["motion_caption"].pop("bev_vel"),
+                r"field 'motion_caption.bev_vel' is missing",
             ),
         ],
     ),
