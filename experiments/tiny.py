@@ -41,8 +41,6 @@ SEE = OptimiserConfig(
     warmup=0.08,
     weight_decay=0.01,
     betas=(0.9, 0.98),
-    muon=3.0,
-    muon_components=("backbone", "encoder", "queries"),
 )
 SPEAK = OptimiserConfig(
     lr=LearningRates(projectors=5e-4, language=5e-4),
@@ -60,7 +58,7 @@ HEAR_AND_SPEAK = FreezePlan(("projectors.*", "language.*"))
 def tiny() -> ExperimentConfig:
     """All stages in ten minutes on two cores, on a town of 75 scenes."""
     size = (160, 90)
-    talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 20, "eval_frames_stride": 8}
+    talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 10, "eval_frames_stride": 8}
     return ExperimentConfig(
         name="tiny",
         model=VLAConfig(
@@ -96,7 +94,7 @@ def tiny() -> ExperimentConfig:
             ),
             planning=GPTDriverConfig(
                 batch_size=24,
-                eval_batch_size=20,
+                eval_batch_size=10,
                 whole_futures_only=True,
             ),
         ),
