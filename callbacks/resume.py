@@ -1,7 +1,8 @@
-"""Checkpoints that an interrupted stage continues from."""
+"""Checkpoints that an interrupted stage continues from: a file, or DeepSpeed's folder."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,4 +40,17 @@ class ResumeCheckpoint(Callback):
         partial = self.folder / f"{LAST}.partial"
         trainer.save_checkpoint(partial, weights_only=False)  # all processes take part, one writes
         if trainer.is_global_zero:
+            if partial.is_dir():  # a folder takes no other's place
+                remove_checkpoint(self.folder)
             partial.replace(self.folder / LAST)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a stage's folder, if there is one."""
+    last = folder / LAST
+    if last.is_dir():
+        # Out of sight in one step: what is half removed is not to be continued from.
+        old = folder / f"{LAST}.old"
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
+        shutil.rmtree(last.rename(old))
+    last.unlink(missing_ok=True)

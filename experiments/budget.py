@@ -158,7 +158,7 @@ def memory_of(
     optimiser = BYTES * sum(count * (1 if by_muon else 2) for by_muon, count in sizes)
     exchange = gradients if sharing == "ddp" else 0
     step = gradients
-    if sharing in ("fsdp2", "deepspeed_3"):
+    if sharing == "fsdp2":
         layers = [BYTES * sum(p.numel() for p in x.parameters()) for x in vla.language.layers]
         outside = weights - sum(layers)
         # The root's parameters and two layers are whole at a time, with the gradients of one.

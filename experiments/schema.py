@@ -29,7 +29,7 @@ from stages.planning import PlanningStageConfig
 
 # In the order they are run in; each starts from what the one before it hands over.
 STAGES = ("language", "perception", "alignment", "instruction", "interaction", "planning")
-Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_2", "deepspeed_3"]
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_2"]
 # Settings that say how a result is computed, not what it is: changing one retrains nothing.
 SPEED_SETTINGS = (
     "num_workers",

@@ -29,7 +29,7 @@ from callbacks.guards import NonFiniteLossGuard
 from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
 from callbacks.remember import RememberTokens
-from callbacks.resume import LAST, ResumeCheckpoint
+from callbacks.resume import LAST, ResumeCheckpoint, remove_checkpoint
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.handoff import (
     CARD,
@@ -232,7 +232,7 @@ class StageRun:
                 metrics=metrics,
             )
             card.write(self.folder)
-            (self.folder / LAST).unlink(missing_ok=True)
+            remove_checkpoint(self.folder)
             shop.tracker.log_files(self.stage, self.folder / CARD)
             shop.tracker.tag(self.stage, "card", card_sha256(self.folder))
         agreed(None)
@@ -321,9 +321,7 @@ class StageRun:
     def _open(self) -> bool:
         """Make the folder ready; True: it holds a checkpoint to continue from."""
         started, text = self.folder / STARTED, json.dumps(self.key, sort_keys=True)
-        resume = (
-            started.is_file() and started.read_text() == text and (self.folder / LAST).is_file()
-        )
+        resume = started.is_file() and started.read_text() == text and (self.folder / LAST).exists()
         if is_first_process() and not resume:
             if self.folder.exists():
                 shutil.rmtree(self.folder)  # of other settings, or without a checkpoint

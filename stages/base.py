@@ -13,6 +13,7 @@ from zlib import crc32
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from odvla.errors import UserError
@@ -150,6 +151,9 @@ class StageModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the model where a strategy wants that."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # Gradients of several parameters are exchanged together, in the order they come in.
+            self.vla.every_parameter_counts = True
         if self.device_mesh is not None:
             shard(self.vla, self.device_mesh["data_parallel"])
 

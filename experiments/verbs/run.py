@@ -119,9 +119,12 @@ def show_experiment(options: argparse.Namespace) -> None:
 def fit_experiment(options: argparse.Namespace) -> None:
     """Train and evaluate."""
     from experiments.pipeline import open_pipeline
+    from experiments.strategies import check_sharing
 
     quiet_libraries()
-    pipeline = open_pipeline(experiment_of(options), runs_of(options), options.parent)
+    config = experiment_of(options)
+    check_sharing(config)
+    pipeline = open_pipeline(config, runs_of(options), options.parent)
     pipeline.fit()
     pipeline.report(wide_console())
 

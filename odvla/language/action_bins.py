@@ -29,7 +29,7 @@ from odvla.types import WAYPOINTS
 PERCENTILES = (1.0, 99.0)
 NARROWEST_M = 1e-3  # width of all bins of a dimension together, where nothing ever moves
 DIMENSIONS = 2 * WAYPOINTS
-_TOKEN = re.compile(r"<action_(\d+)>")
+_TOKEN = re.compile(r"<action_([0-9]+)>")
 _Numbers = tuple[tuple[float, float], ...]  # [6] of (x, y), metres
 
 

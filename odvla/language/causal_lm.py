@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from odvla.errors import UserError
+from odvla.language.model_check import check_model
 from odvla.language.model_folder import model_folder
 from odvla.language.recorded_runs import RUNS
 from odvla.language.splice import Spliced
@@ -110,7 +111,8 @@ class LanguageConfig:
                 of the others (a row that only pads its table, as Qwen2.5's does, is noise).
 
         Raises:
-            UserError: `pretrained` is not on this machine, or a package is missing.
+            UserError: `pretrained` is not on this machine or of a kind that cannot be used, or a
+                package is missing.
         """
         on_meta = torch.get_default_device().type == "meta"
         if self.pretrained is None or on_meta:
@@ -120,6 +122,7 @@ class LanguageConfig:
         grow_embeddings(model, vocab_size)
         if self.pretrained is not None and not on_meta:
             reset_embeddings(model, fresh_ids)
+            check_model(CausalLM(model), f"language.pretrained {self.pretrained}")
         if self.lora is not None:
             add_adapters(model, self.lora)
         if self.gradient_checkpointing:
@@ -248,13 +251,31 @@ class CausalLM(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """Its transformer layers, under whatever name."""
-        parts = self.model.base_model.children()
-        return next(part for part in parts if isinstance(part, nn.ModuleList))
+        config = self.model.config
+        for part in self.model.base_model.modules():
+            if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers:
+                return part
+        raise UserError(f"a language model of kind {config.model_type} has no list of layers")
 
     @property
     def head(self) -> nn.Linear:
         """Hidden states -> logits."""
         return self.model.get_output_embeddings()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., V] of last hidden states [..., D]."""
+        return self.scaled(self.head(states))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What the head has made, as some kinds of models go on with it; most leave it alone."""
+        config = self.model.config
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere's
+            logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite's
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2's
+            logits = (logits / cap).tanh() * cap
+        return logits
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of ids [...]."""
@@ -271,7 +292,7 @@ class CausalLM(nn.Module):
         states = self.states(spliced)
         due = spliced.labels[:, 1:] != IGNORE_INDEX  # [G, S - 1]
         labels = spliced.labels[:, 1:][due]  # [P]
-        logits = self.head(states[:, :-1][due])  # [P, V]
+        logits = self.logits(states[:, :-1][due])  # [P, V]
         if len(labels) == 0:
             return logits.float().sum() + 0.0 * states.float().sum(), logits, labels
         return F.cross_entropy(logits.float(), labels), logits, labels

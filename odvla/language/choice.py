@@ -22,19 +22,20 @@ class Choice:
     def __init__(
         self, language: CausalLM, grammar: Grammar | None, seeds: Sequence[int], temperature: float
     ) -> None:
-        self.head = language.head
+        self.language = language
         self.grammar = grammar
         self.temperature = temperature
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.noise: list[dict[int, Tensor]] = [{} for _ in seeds]  # of a row's coming places
         self.places_drawn = [0 for _ in seeds]
         if grammar is not None:
-            device = self.head.weight.device
+            head = language.head
+            device = head.weight.device
             self.token_ids = grammar.token_ids.to(device)
             self.forbidden = (grammar.next_state < 0).to(device)
             # Only these rows of the head can win; with Qwen's 150 thousand that is most of a step.
-            self.weight = self.head.weight[self.token_ids]
-            self.bias = None if self.head.bias is None else self.head.bias[self.token_ids]
+            self.weight = head.weight[self.token_ids]
+            self.bias = None if head.bias is None else head.bias[self.token_ids]
 
     def __call__(
         self, states: Tensor, grammar_states: list[int], places: list[tuple[int, int]]
@@ -47,8 +48,9 @@ class Choice:
             places: row, and place in its answer, of the token that follows each node.
         """
         if self.grammar is None:
-            return self._drawn(_checked(self.head(states)), places).argmax(-1).tolist()
-        logits = _checked(F.linear(states, self.weight, self.bias))  # [nodes, K]
+            return self._drawn(_checked(self.language.logits(states)), places).argmax(-1).tolist()
+        written = F.linear(states, self.weight, self.bias)  # [nodes, K]
+        logits = _checked(self.language.scaled(written))
         forbidden = self.forbidden[torch.tensor(grammar_states, device=logits.device)]
         best = self._drawn(logits, places).masked_fill(forbidden, -torch.inf).argmax(-1)
         return self.token_ids[best].tolist()

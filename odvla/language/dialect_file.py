@@ -119,6 +119,21 @@ def fields_of(line: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in string.Formatter().parse(line) if name is not None)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; of two entries of one name it does not drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                mark = key.start_mark
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands there twice", problem_mark=mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def shipped_dialects() -> list[str]:
     """Names of the dialects that lie beside this file."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
@@ -137,7 +152,7 @@ def read_wording(name: str) -> Wording:
     shipped = Path(__file__).parent / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name).expanduser()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         known = ", ".join(shipped_dialects())
         raise UserError(f"dialect {name!r} is neither a file nor one of {known}") from error
@@ -186,12 +201,17 @@ def checked_wording(content: Any, where: str) -> Wording:
     for key, expected in ENTRIES.items():
         if not isinstance(content[key], expected):
             raise UserError(f"dialect {where}: {key} must be a {expected.__name__}")
+    _check_texts(content, where)
     lines = content["lines"]
     for name, line in lines.items():
+        if not isinstance(name, str):
+            raise UserError(f"dialect {where}: lines has a name that is no text, {name!r}")
         unknown = _line_fields(where, name, line) - FIELDS
         if unknown:
             raise UserError(f"dialect {where}: line {name!r} has unknown {{{min(unknown)}}}")
-    answer = content["answers"].get("caption_object")
+    if set(content["answers"]) != {"caption_object"}:
+        raise UserError(f"dialect {where}: answers must be caption_object and no others")
+    answer = content["answers"]["caption_object"]
     if _line_fields(where, "caption_object", answer) != {"caption", "x", "y"}:
         raise UserError(f"dialect {where}: answer caption_object must tell caption, x and y")
     commands = content["commands"]
@@ -231,7 +251,9 @@ def _requests(
     if "plan" not in requests or set(requests) - set(KINDS):
         raise UserError(f"dialect {where}: requests must be plan and others of {', '.join(KINDS)}")
     for kind, names in requests.items():
-        for name in names if isinstance(names, list) else [names]:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"dialect {where}: request {kind!r} must be a list of names of lines")
+        for name in names:
             if name not in lines:
                 raise UserError(f"dialect {where}: request {kind!r} uses unknown line {name!r}")
     return {kind: tuple(names) for kind, names in requests.items()}
@@ -241,7 +263,7 @@ def _scales(units: Mapping[str, Any], where: str) -> dict[str, float]:
     if set(units) != set(UNITS):
         raise UserError(f"dialect {where}: units must be those of {', '.join(UNITS)}")
     for name, unit in units.items():
-        if unit not in UNITS[name]:
+        if not isinstance(unit, str) or unit not in UNITS[name]:
             known = " or ".join(UNITS[name])
             raise UserError(f"dialect {where}: the unit of {name} is {known}, not {unit!r}")
     return {name: UNITS[name][unit] for name, unit in units.items()}
@@ -269,6 +291,32 @@ def _line_fields(where: str, name: str, line: Any) -> frozenset[str]:
     if not isinstance(line, str):
         raise UserError(f"dialect {where}: {name!r} must be a text")
     try:
-        return fields_of(line)
+        found = fields_of(line)
     except ValueError as error:
         raise UserError(f"dialect {where}: {name!r} has unbalanced braces") from error
+    # What is filled in is text already: there is nothing to format.
+    for _, field, form, conversion in string.Formatter().parse(line):
+        if form or conversion:
+            shown = (
+                f"{{{field}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+            )
+            raise UserError(
+                f"dialect {where}: {name!r} must hold bare names in braces, not {shown}"
+            )
+    return found
+
+
+def _check_texts(content: Mapping[str, Any], where: str) -> None:
+    """Refuse what could not be written to a file again, such as dates and half a character.
+
+    Raises:
+        UserError: there is such a thing.
+    """
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"dialect {where}: a text holds half a character") from error
+    except TypeError as error:
+        raise UserError(
+            f"dialect {where} holds what is no text, number or list: {error}"
+        ) from error

@@ -17,7 +17,7 @@ from odvla.types import WAYPOINTS
 
 MARK = "[PT,"
 ZERO_M = 0.01  # what rounds to no more than this is 0.0
-_NUMBER = r"[+-]?\d+\.\d+"
+_NUMBER = r"[+-]?[0-9]+\.[0-9]+"
 _POINT = rf"\(({_NUMBER}), ({_NUMBER})\)"
 _PLAN = re.compile(rf"\[PT, {_POINT}(?:, {_POINT})*\]")
 

@@ -271,7 +271,8 @@ def parse_future(text: str, decimals: int = DECIMALS) -> Waypoints | ParseFailur
 
 def _parse_points(text: str, decimals: int, *, unknown_allowed: bool) -> Waypoints | ParseFailure:
     """Read `(x,y),(x,y),...`."""
-    number = rf"(-?\d+\.\d{{{decimals}}})"
+    # [0-9], not \d: that also takes the digits of other scripts.
+    number = rf"(-?(?:0|[1-9][0-9]*)\.[0-9]{{{decimals}}})"
     point = rf"\({number},{number}\)"
     if unknown_allowed:
         point = rf"\((?:{number},{number}|{UNKNOWN},{UNKNOWN})\)"
@@ -282,6 +283,8 @@ def _parse_points(text: str, decimals: int, *, unknown_allowed: bool) -> Waypoin
         return ParseFailure(f"{len(pairs)} points instead of {WAYPOINTS}")
     known = np.array([x != "" for x, _ in pairs])
     xy = np.array([(float(x or "nan"), float(y or "nan")) for x, y in pairs])
+    if np.isinf(xy).any():
+        return ParseFailure("a number is too large")
     return Waypoints(xy, known)
 
 

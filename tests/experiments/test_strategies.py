@@ -1,24 +1,29 @@
 """Strategies by name; two processes that share a model hand over what one process does."""
 
+import logging
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 
+from experiments.cli import main
 from experiments.find import find_experiment
 from experiments.handoff import load_handoff, read_card
 from experiments.prepare import build_model
 from experiments.schema import TrainerConfig
-from experiments.strategies import is_sharded, strategy_of
+from experiments.strategies import check_sharing, is_sharded, strategy_of
 from odvla.config import apply_overrides
 from odvla.errors import UserError
 from odvla.language.tokenizer import ChatTokenizer
+from odvla.types import Batch
 from odvla.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
@@ -55,10 +60,53 @@ def test_a_strategy_has_a_name(devices, strategy, expected):
     assert is_sharded(settings) == (expected is ModelParallelStrategy)
 
 
-def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+SHARED = ("trainer.devices=2", "trainer.strategy=deepspeed_2")
+
+
+def test_deepspeed_that_cannot_run_is_refused_before_anything_starts(monkeypatch, tmp_path, capsys):
+    config = apply_overrides(find_experiment("smoke"), SHARED)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"deepspeed_2 needs DeepSpeed: .*odvla\[deepspeed\]"):
-        strategy_of(TrainerConfig(devices=2, strategy="deepspeed_2"))
+    places = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
+    assert main(["fit", "smoke", *SHARED, *places]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "deepspeed_2 needs DeepSpeed: install the extra with pip install 'odvla[dee" in said
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(UserError, match="deepspeed_2 needs GPUs, and there is none"):
+        check_sharing(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match="deepspeed_2 needs GPUs, and there is none"):
+        check_sharing(config)
+    config = replace(config, trainer=replace(config.trainer, accelerator="gpu"))
+    with pytest.raises(
+        UserError, match=r"stages\.alignment\.optimiser\.muon needs them as matrices"
+    ):
+        check_sharing(config)
+    check_sharing(replace(config, run=("perception",)))
+    check_sharing(find_experiment("smoke"))
+    with pytest.raises(UserError, match="deepspeed_2"):
+        apply_overrides(find_experiment("smoke"), ("trainer.strategy=deepspeed_3",))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_deepspeed_keeps_weights_and_batches_in_fp32(monkeypatch, precision):
+    # A stand-in for the package, which Lightning looks at when the strategy is made.
+    package = types.SimpleNamespace(utils=types.SimpleNamespace(logging=logging))
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    monkeypatch.setattr(logging, "logger", logging.getLogger("deepspeed"), raising=False)
+    for flag in ("_DEEPSPEED_AVAILABLE", "_DEEPSPEED_GREATER_EQUAL_0_16"):
+        monkeypatch.setattr(f"lightning.pytorch.strategies.deepspeed.{flag}", True)
+    strategy = strategy_of(TrainerConfig(devices=2, strategy="deepspeed_2", precision=precision))
+    assert strategy.config["zero_optimization"]["stage"] == 2
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, precision=precision, logger=False
+    )
+    assert trainer.precision_plugin.precision == "32-true"
+    batch = Batch(clip=(), valid=torch.ones(1, dtype=torch.bool))
+    assert trainer.precision_plugin.convert_input(batch) is batch
+    cast = strategy.config.get("torch_autocast")
+    assert cast == ({"enabled": True, "dtype": "bfloat16"} if "bf16" in precision else None)
+    assert not {"bf16", "fp16"} & set(strategy.config)
 
 
 def test_two_processes_that_share_a_model_hand_over_a_whole_one(town_root, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from callbacks.freeze import FreezeByName
-from callbacks.resume import LAST, ResumeCheckpoint
+from callbacks.resume import LAST, ResumeCheckpoint, remove_checkpoint
 from stages.planning import PlanningStageConfig
 
 STEPS = 7  # of 3 batches an epoch: 5 clips in pairs
@@ -96,3 +96,22 @@ def test_a_stage_that_was_trained_to_its_end_stays_as_it_is(
     again = fit(make_vla(), make_data("plan"), make_trainer, tmp_path, **settings)
     assert all(whole[name].equal(again[name]) for name in whole)
     assert [path.name for path in tmp_path.iterdir()] == [LAST]
+
+
+def test_a_checkpoint_may_be_a_folder_as_deepspeeds_is(tmp_path):
+    class Trainer:
+        global_step, max_steps, is_global_zero = 0, 9, True
+
+        def save_checkpoint(self, path, weights_only):
+            (path / "checkpoint").mkdir(parents=True)
+            (path / "checkpoint" / "step").write_text(str(self.global_step))
+
+    trainer, callback = Trainer(), ResumeCheckpoint(tmp_path, 2)
+    for step in (2, 4):
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert (tmp_path / LAST / "checkpoint" / "step").read_text() == "4"
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    remove_checkpoint(tmp_path)
+    remove_checkpoint(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -102,6 +102,7 @@ def test_the_grammar_holds_every_plan_and_nothing_else(tokenizer):
         ("<action_1>" * 13, "13 action tokens instead of 12"),
         ("<action_1>" * 11 + "<action_256>", "beyond the 256 bins"),
         ("<action_1>" * 12 + " ok", "not of action tokens alone"),
+        ("<action_\u0661>" * 12, "not of action tokens alone"),  # an Arabic one
         ("[(1.00,2.00)]", "not of action tokens alone"),
     ],
 )

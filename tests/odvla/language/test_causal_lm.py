@@ -7,7 +7,13 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -15,7 +21,7 @@ from transformers import (
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
-from odvla.language.causal_lm import LanguageConfig, LoraConfig, qwen2_5
+from odvla.language.causal_lm import CausalLM, LanguageConfig, LoraConfig, qwen2_5
 from odvla.language.splice import Spliced
 from odvla.types import IGNORE_INDEX
 
@@ -149,13 +155,31 @@ def test_there_are_no_other_sizes():
         qwen2_5("13B")
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, GPTNeoXConfig])
-def test_any_causal_lm_of_hugging_face(kind, tmp_path):
+def saved(kind, folder, **more):
+    """A model with random weights, larger than usual: what is left out then shows."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40}
-    AutoModelForCausalLM.from_config(
-        kind(**sizes, num_attention_heads=2, num_key_value_heads=2)
-    ).save_pretrained(tmp_path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(kind(**sizes | heads | more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (LlamaConfig, {}),
+        (MistralConfig, {}),
+        (GPTNeoXConfig, {}),
+        (GemmaConfig, {"head_dim": 8}),
+        (CohereConfig, {"pad_token_id": 0}),  # scales its logits
+        (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
+    ],
+)
+def test_any_causal_lm_of_hugging_face(kind, more, tmp_path):
+    saved(kind, tmp_path, **more)
     language = LanguageConfig(pretrained=str(tmp_path)).build(40)
     ids = torch.randint(40, (2, 6))
     batch = spliced(language, ids, [6, 6], ids.clone())
@@ -163,6 +187,42 @@ def test_any_causal_lm_of_hugging_face(kind, tmp_path):
     theirs = language.model(input_ids=ids, labels=ids)
     torch.testing.assert_close(loss, theirs.loss)
     assert len(language.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        (BertConfig, {}, "kind bert cannot be used here: its tokens see what follows them"),
+        (FalconConfig, {}, "kind falcon cannot be used here: "),
+        (
+            DeepseekV3Config,  # keys and values of different widths
+            {
+                "moe_intermediate_size": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "qk_rope_head_dim": 4,
+                "qk_nope_head_dim": 4,
+                "v_head_dim": 4,
+            },
+            "kind deepseek_v3 cannot be used here: ",
+        ),
+    ],
+)
+def test_a_kind_of_model_that_would_go_wrong_is_refused(kind, more, message, tmp_path):
+    saved(kind, tmp_path, **more)
+    with pytest.raises(UserError, match=f"language.pretrained {tmp_path}: a model of {message}"):
+        LanguageConfig(pretrained=str(tmp_path)).build(40)
+
+
+def test_logits_that_are_more_than_the_heads_are_noticed(tmp_path, monkeypatch):
+    saved(CohereConfig, tmp_path, pad_token_id=0)
+    monkeypatch.setattr(CausalLM, "scaled", lambda self, logits: logits)
+    with pytest.raises(UserError, match="its logits are not those of its head"):
+        LanguageConfig(pretrained=str(tmp_path)).build(40)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -38,6 +38,7 @@ def test_what_is_written_is_read():
         ("[PT, (+1.00, 0.0), (+2.00, 0.0)]", "2 points instead of 6"),
         ("[PT, (+1.00, 0.0), (+2.00)]", "no [PT"),
         ("[PT, (1, 2)]", "no [PT"),
+        ("[PT" + ", (+1.\u0660, 0.0)" * 6 + "]", "no [PT"),  # an Arabic zero
         ("[PT, (+1.00, 0.0)" + ", (+1.00, 0.0)" * 5, "no [PT"),
     ],
 )

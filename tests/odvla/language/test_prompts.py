@@ -171,7 +171,18 @@ def test_object_captions_tell_the_place():
         ({"requests": {"plan": ["scene"], "song": ["scene"]}}, "requests must be plan"),
         ({"lines": {"scene": "{velocity}"}}, "unknown {velocity}"),
         ({"lines": {"scene": "{vx"}}, "unbalanced braces"),
+        ({"lines": {"scene": "{vx:.3f}"}}, "'scene' must hold bare names in braces, not {vx:.3f}"),
+        ({"lines": {"scene": "{vx!r}"}}, "not {vx!r}"),
+        ({"lines": {"scene": "", 7: ""}}, "lines has a name that is no text, 7"),
+        ({"lines": {"scene": "\ud83d"}}, "half a character"),
         ({"lines": {}}, "uses unknown line 'scene'"),
+        ({"requests": {"plan": "scene"}}, "request 'plan' must be a list of names of lines"),
+        ({"requests": {"plan": [["scene"]]}}, "request 'plan' must be a list of names of lines"),
+        (
+            {"answers": {"caption_object": "{caption}{x}{y}", "qa": ""}},
+            "answers must be caption_obj",
+        ),
+        ({"units": UNITS | {"velocity": ["m/s"]}}, "velocity is m/s or"),
         ({"answers": {"caption_object": "{caption}"}}, "must tell caption, x and y"),
         ({"plan": {"values": "points"}}, "plan must tell values .str., decimals"),
         ({"plan": {"values": "curves", "decimals": 2}}, "not 'curves'"),
@@ -199,6 +210,14 @@ def test_a_mistake_in_a_dialect_file_is_named(tmp_path, change, message):
     bad.write_text(yaml.safe_dump(content | change))
     with pytest.raises(UserError, match=f"bad.yaml.*{message}"):
         Dialect(str(bad))
+
+
+def test_an_entry_of_a_dialect_file_that_stands_there_twice_is_named(tmp_path):
+    path = tmp_path / "twice.yaml"
+    text = yaml.safe_dump(dict(Dialect().wording.content), allow_unicode=True)
+    path.write_text(text.replace("lines:\n", "lines:\n  scene: other\n"))
+    with pytest.raises(UserError, match=r"twice\.yaml.* 'scene' stands there twice"):
+        Dialect(str(path))
 
 
 def test_what_cannot_be_said_is_refused():

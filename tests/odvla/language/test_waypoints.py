@@ -65,6 +65,9 @@ GOOD = format_waypoints(np.arange(12.0).reshape(6, 2))
         (GOOD.replace("4.00", "4.0"), "a point is malformed"),
         (GOOD.replace("4.00", "nan"), "a point is malformed"),
         (GOOD.replace("4.00", "UN"), "a point is malformed"),
+        (GOOD.replace("4.00", "04.00"), "a point is malformed"),
+        (GOOD.replace("4.00", "4.\u0660\u0660"), "a point is malformed"),  # Arabic zeros
+        (GOOD.replace("4.00", f"{'9' * 400}.00"), "a number is too large"),
         (GOOD.replace("),(", "), (", 1), "a point is malformed"),
     ],
 )
