@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.baselines import EgoMLPConfig
-from experiments.planning_evaluation import evaluate_planning
+from experiments.planning_evaluation import MODEL, evaluate_planning
 from experiments.report import Report, ResultTable
 from experiments.score_drivelm import evaluate_drivelm
 from experiments.score_omnidrive import evaluate_omnidrive_plans
@@ -58,9 +58,16 @@ def read_predictions(path: Path) -> list[Record]:
 
 
 def evaluate_language(
-    records: Sequence[Record], stage: str
+    records: Sequence[Record], stage: str, *, planner: str = MODEL, meteor: bool = False
 ) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
-    """NuScenes-QA accuracy, DriveLM's and caption scores, whichever the records hold."""
+    """NuScenes-QA accuracy, DriveLM's and caption scores, whichever the records hold.
+
+    Args:
+        records: answers and captions with their references.
+        stage: named above the captions.
+        planner: whose answers they are.
+        meteor: of all captions, where there is Java; else of nuX alone.
+    """
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
     asked = [record for record in records if record["kind"] == "qa"]
@@ -86,7 +93,7 @@ def evaluate_language(
                 title="NuScenes-QA accuracy (%)",
                 columns=columns,
                 rows=(
-                    ("OpenDriveVLA", cells),
+                    (planner, cells),
                     ("most common answer", _floor_cells(columns, floor)),
                 ),
                 note=f"{scores.questions} questions, raw string equality.",
@@ -103,7 +110,7 @@ def evaluate_language(
         if said:
             texts = [record["text"] for record in said]
             references = [record["reference"] for record in said]
-            found = {name: score_captions(texts, references, meteor=False)}
+            found = {name: score_captions(texts, references, meteor=meteor)}
             if kind == "narration":  # the one data set whose papers print METEOR
                 parts = score_nux(texts, references)
                 found = {
@@ -122,8 +129,8 @@ def evaluate_language(
                 title=f"Captions after {stage}",
                 columns=("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "n"),
                 rows=tuple(rows),
-                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR: "
-                "nuX alone, where there is Java.",
+                note="pycocoevalcap, its tokenizer in Python, one reference each, x 100; METEOR"
+                + (" where there is Java." if meteor else ": nuX alone, where there is Java."),
                 digits=1,
             )
         )
@@ -286,7 +293,7 @@ def _devkit_scores(
     return tables, numbers
 
 
-def detection_table(summary: Mapping[str, Any], frames: int) -> ResultTable:
+def detection_table(summary: Mapping[str, Any], frames: int, planner: str = MODEL) -> ResultTable:
     """The devkit's detection summary; four best classes."""
     present = {name: ap for name, ap in summary["mean_dist_aps"].items() if ap > 0}
     best = dict(sorted(present.items(), key=lambda item: -item[1])[:4])
@@ -294,22 +301,20 @@ def detection_table(summary: Mapping[str, Any], frames: int) -> ResultTable:
     return ResultTable(
         title="Detection (nuscenes-devkit)",
         columns=("mAP", "NDS", "mATE (m)", "mASE", "mAOE (rad)", *(f"AP {name}" for name in best)),
-        rows=(
-            ("OpenDriveVLA", (summary["mean_ap"], summary["nd_score"], *errors, *best.values())),
-        ),
+        rows=((planner, (summary["mean_ap"], summary["nd_score"], *errors, *best.values())),),
         note=f"{frames} key-frames, configuration detection_cvpr_2019; the mean runs over "
         "all ten classes, those that this data lacks included.",
         digits=3,
     )
 
 
-def tracking_table(scores: Mapping[str, Any], frames: int) -> ResultTable:
+def tracking_table(scores: Mapping[str, Any], frames: int, planner: str = MODEL) -> ResultTable:
     """The devkit's tracking summary."""
     columns = ("amota", "amotp", "ids", "recall", "mota")
     return ResultTable(
         title="Tracking (nuscenes-devkit)",
         columns=("AMOTA", "AMOTP (m)", "id switches", "recall", "MOTA"),
-        rows=(("OpenDriveVLA", tuple(scores.get(name) for name in columns)),),
+        rows=((planner, tuple(scores.get(name) for name in columns)),),
         note=f"{frames} key-frames, configuration tracking_nips_2019, mean over seven classes.",
         digits=3,
     )

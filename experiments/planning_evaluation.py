@@ -131,13 +131,25 @@ def evaluate_planning(
 def blind_planners(
     data: NuScenesDataModule, truth: PlanningTruth, baseline: EgoMLPConfig
 ) -> list[PlanSet]:
-    """Planners that never see an image, for the key-frames of `truth`."""
-    training = planning_split(data.evaluation_frames("train"))
+    """Planners that never see an image, for the key-frames of `truth`.
+
+    Raises:
+        UserError: there is no train split that the ego-state MLP could learn from.
+    """
+    frames = list(data.evaluation_frames("train"))
+    if not frames:
+        raise UserError(f"{data.config.folder} has no key-frame of the train split")
+    training = planning_split(frames)
     mlp = EgoMLP(baseline)
     mlp.fit(training.ego, training.waypoints, training.mask, list(training.scenes))
+    learned = PlanSet.complete("ego-state MLP", mlp.predict(truth.split.ego))
+    return [learned, *extrapolations(truth)]
+
+
+def extrapolations(truth: PlanningTruth) -> list[PlanSet]:
+    """Planners that go on as the car moves, for the key-frames of `truth`."""
     ego = truth.split.ego
     return [
-        PlanSet.complete("ego-state MLP", mlp.predict(ego)),
         PlanSet.complete("constant velocity", constant_velocity(ego)),
         PlanSet.complete("constant acceleration", constant_acceleration(ego)),
         PlanSet.complete("constant turn rate", constant_turn_rate(ego)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.report import ResultTable
 from odvla.errors import UserError
-from odvla.metrics.intervals import Interval, bootstrap
+from odvla.metrics.intervals import Interval, bootstrap_steps
 from odvla.metrics.planning import (
     SECONDS,
     STEPS_PER_SECOND,
@@ -86,16 +87,36 @@ class Scored:
 
     def intervals(self) -> dict[str, Interval]:
         """Bootstrap intervals over scenes of the averages that papers print."""
-        l2, hits, counted = per_sample(self.samples, self.scores.card)
-        return {
-            "l2_avg_m": bootstrap(l2, counted, self.scenes),
-            f"{self.scores.card.shape}_collision_avg": bootstrap(hits, counted, self.scenes),
-        }
+        card = self.scores.card
+        hits = self.samples.hits.double()
+        if card.collision == "any_up_to_t":
+            hits = hits.cummax(dim=1).values
+        found = {}
+        for name, values, counted, convention in zip(
+            ("l2_avg_m", f"{card.shape}_collision_avg"),
+            (self.samples.l2_m, hits),
+            counted_steps(self.samples.mask, card),
+            (card.l2, card.collision),
+            strict=True,
+        ):
+            if card.samples == "reference":  # steps that do not count are 0, and divided by
+                values, counted = torch.where(counted, values, 0.0), torch.ones_like(counted)
+            average = partial(_average, convention=convention)
+            found[name] = bootstrap_steps(values.numpy(), counted.numpy(), self.scenes, average)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """For results.json."""
         intervals = {name: asdict(found) for name, found in self.intervals().items()}
         return {**self.scores.as_dict(), "intervals_95": intervals}
+
+
+def _average(steps: np.ndarray, convention: str) -> np.ndarray:
+    """Mean over 1, 2 and 3 s [...] of means of the steps [..., 6]."""
+    ends = [STEPS_PER_SECOND * second for second in SECONDS]
+    if convention == "mean_up_to_t":
+        return np.mean([steps[..., :end].mean(-1) for end in ends], axis=0)
+    return np.mean([steps[..., end - 1] for end in ends], axis=0)
 
 
 def per_sample(

@@ -6,12 +6,11 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.driving_scores import NAMES, NOTE
 from experiments.published_tables import published_tables
 from experiments.report import ResultTable
 from experiments.report_plots import all_plots
+from experiments.report_tables import other_tables
 from experiments.result_files import (
     Result,
     compare,
@@ -19,7 +18,6 @@ from experiments.result_files import (
     planning_tables,
     read_results,
 )
-from odvla.metrics.drivelm import DriveLMProtocol
 from odvla.weights import write_atomically
 
 MARKDOWN, PAGE = "report.md", "report.html"
@@ -79,10 +77,7 @@ def make_report(
     comparisons = compare(results)
     if comparisons:
         ours.append(comparison_table(comparisons))
-    driving = _driving_table(results)
-    if driving is not None:
-        ours.append(driving)
-    ours += _language_tables(results)
+    ours += other_tables(results)
     published = [table for table in planning_tables(results) if _is_published(table)]
     published += published_tables()
     out.mkdir(parents=True, exist_ok=True)
@@ -97,57 +92,6 @@ def make_report(
 
 def _is_published(table: ResultTable) -> bool:
     return table.title.startswith("Published")
-
-
-def _driving_table(results: Sequence[Result]) -> ResultTable | None:
-    rows = []
-    for result in results:
-        if result.driving:
-            values: list[Any] = [result.driving.get(name) for name in NAMES]
-            rows.append(
-                (result.name, tuple(None if value is None else 100 * value for value in values))
-            )
-    if not rows:
-        return None
-    title = "Beyond L2: what closed-loop benchmarks ask (%)"
-    return ResultTable(title, tuple(NAMES.values()), tuple(rows), note=NOTE, digits=1)
-
-
-def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
-    """Answers and captions of all results side by side."""
-    answers, captions, drivelm = [], [], []
-    for result in results:
-        content = result.other or {}
-        parts = [content.get("language", {}), *(content.get(s, {}) for s in ("instruction",))]
-        for part in parts:
-            scores = part.get("question_answering") if isinstance(part, dict) else None
-            if scores:
-                kinds = scores["by_type"]
-                cells = [kinds.get(kind) for kind in _KINDS]
-                cells += [scores["by_hop"].get(hop) for hop in ("0", "1")]
-                answers.append((result.name, (*cells, scores["accuracy"])))
-            terms = part.get("drivelm") if isinstance(part, dict) else None
-            if terms:
-                known = (terms[name] for name in ("accuracy", "match_f1", "language"))
-                drivelm.append((result.name, (*known, "missing")))
-            for kind, found in (part.get("captions") or {}).items():
-                cells = [*found["bleu"], found["meteor"], found["rouge_l"], found["cider"]]
-                captions.append((f"{result.name}, {kind}", tuple(cells)))
-    tables = []
-    if answers:
-        kinds = (*_KINDS, "H0", "H1", "all")
-        tables.append(ResultTable("NuScenes-QA (%)", kinds, tuple(answers), digits=1))
-    if drivelm:
-        columns = ("accuracy", "match F1", "language", "ChatGPT and final")
-        note = DriveLMProtocol().sentence()
-        tables.append(ResultTable("DriveLM", columns, tuple(drivelm), note, digits=1))
-    if captions:
-        names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-        tables.append(ResultTable("Captions", names, tuple(captions), digits=1))
-    return tables
-
-
-_KINDS = ("exist", "count", "object", "status", "comparison")
 
 
 def _pictures(results: Sequence[Result], folder: Path | None) -> list[tuple[str, Path]]:

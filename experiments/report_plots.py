@@ -24,23 +24,39 @@ SIZE = (6.2, 3.4)
 
 def all_plots(results: Sequence[Result]) -> list[tuple[str, str]]:
     """Title and SVG of every plot that the results have samples for."""
-    kept = [result for result in results if result.samples]
+    protocol, kept = comparable(results)
     if not kept:
         return []
     return [
-        ("L2 at each step, with 95 % intervals over scenes", error_over_time(kept)),
-        ("Collisions at each step", collisions_over_time(kept)),
-        ("Average L2 by command", by_command(kept)),
-        ("Average L2 by speed", by_speed(kept)),
+        (
+            f"L2 at each step, with 95 % intervals over scenes ({protocol})",
+            error_over_time(kept, protocol),
+        ),
+        (f"Collisions at each step ({protocol})", collisions_over_time(kept, protocol)),
+        (f"Average L2 by command ({protocol})", by_command(kept, protocol)),
+        (f"Average L2 by speed ({protocol})", by_speed(kept, protocol)),
     ]
 
 
-def error_over_time(results: Sequence[Result]) -> str:
+def comparable(results: Sequence[Result]) -> tuple[str, list[Result]]:
+    """The protocol that most results with samples have, and these: a plot never mixes cards."""
+    kept = [result for result in results if result.samples and result.protocols]
+    shared = {name: 0 for result in kept for name in result.protocols}
+    for result in kept:
+        for name in result.protocols:
+            shared[name] += 1
+    if not shared:
+        return "", []
+    protocol = max(shared, key=lambda name: shared[name])  # the first of equals
+    return protocol, [result for result in kept if protocol in result.protocols]
+
+
+def error_over_time(results: Sequence[Result], protocol: str) -> str:
     """L2 [T] of every result over time."""
     figure, axes = new_axes("seconds ahead", "L2 (m)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
-        l2, known, scenes = _errors(result)
+        l2, known, scenes = _errors(result, protocol)
         found = [
             bootstrap(l2[:, step], known[:, step], scenes)
             for step in range(WAYPOINTS)
@@ -54,25 +70,23 @@ def error_over_time(results: Sequence[Result]) -> str:
     return svg_text(figure, axes)
 
 
-def collisions_over_time(results: Sequence[Result]) -> str:
-    """Share of plans that touch somebody at each step, under each result's first protocol."""
+def collisions_over_time(results: Sequence[Result], protocol: str) -> str:
+    """Share of plans that touch somebody at each step."""
     figure, axes = new_axes("seconds ahead", "collisions (%)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
-        protocol = next(iter(result.protocols))
         rates = 100 * np.array(result.protocols[protocol]["collision_steps"])
-        label = f"{result.name} ({protocol})"
-        axes.plot(times, rates, color=colour, marker="o", label=label)
+        axes.plot(times, rates, color=colour, marker="o", label=result.name)
     axes.set_ylim(bottom=0)
     return svg_text(figure, axes)
 
 
-def by_command(results: Sequence[Result]) -> str:
+def by_command(results: Sequence[Result], protocol: str) -> str:
     """Average L2 of the key-frames of each command."""
-    return _bars(results, COMMANDS, lambda record: record["command"])
+    return _bars(results, protocol, COMMANDS, lambda record: record["command"])
 
 
-def by_speed(results: Sequence[Result]) -> str:
+def by_speed(results: Sequence[Result], protocol: str) -> str:
     """Average L2 of the key-frames of each range of speeds."""
     bounds = list(itertools.pairwise(SPEEDS_MPS))
     names = ["standing"] + [
@@ -84,15 +98,14 @@ def by_speed(results: Sequence[Result]) -> str:
         place = np.searchsorted(SPEEDS_MPS[1:-1], record["speed_mps"], side="right")
         return names[int(place)]
 
-    return _bars(results, names, name_of)
+    return _bars(results, protocol, names, name_of)
 
 
-def _bars(results: Sequence[Result], names: Sequence[str], name_of: Any) -> str:
+def _bars(results: Sequence[Result], protocol: str, names: Sequence[str], name_of: Any) -> str:
     figure, axes = new_axes("", "average L2 (m)")
     width = 0.8 / len(results)
     counts = dict.fromkeys(names, 0)
     for number, (result, colour) in enumerate(zip(results, _colours(results), strict=True)):
-        protocol = next(iter(result.protocols))
         groups: dict[str, list[tuple[float, str]]] = {name: [] for name in names}
         for record in result.samples.values():
             if protocol in record["l2_avg_m"]:
@@ -112,17 +125,20 @@ def _bars(results: Sequence[Result], names: Sequence[str], name_of: Any) -> str:
                     color=colour,
                     yerr=spread,
                     ecolor="#888888",
-                    label=f"{result.name} ({protocol})" if place == 0 else None,
+                    label=result.name if place == 0 else None,
                 )
     labels = [f"{name}\n{counts[name]}" for name in names]
     axes.set_xticks(range(len(names)), labels)
     return svg_text(figure, axes)
 
 
-def _errors(result: Result) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[str]]:
+def _errors(
+    result: Result, protocol: str
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[str]]:
     """L2 [S, T], which steps were recorded [S, T], and scenes [S]."""
-    records = [record for record in result.samples.values() if record["l2_m"]]
-    l2 = np.array([next(iter(record["l2_m"].values())) for record in records])
+    point = result.card(protocol).driven
+    records = [record for record in result.samples.values() if point in record["l2_m"]]
+    l2 = np.array([record["l2_m"][point] for record in records])
     recorded = np.array([record["recorded_steps"] for record in records])
     known = np.arange(WAYPOINTS)[None] < recorded[:, None]
     return l2, known, [record["scene"] for record in records]

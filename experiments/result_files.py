@@ -84,9 +84,11 @@ def _of_file(file: Path, content: Record) -> list[Result]:
     # Answers and captions are no samples of a plan.
     samples = {r["sample_token"]: r for r in content.get("samples", ()) if "l2_m" in r}
     if "predictions" in content:  # of `score`
-        name = Path(content["predictions"]).name
-        driving = content.get("driving", {}).get(name)
-        return [Result(name, file, content.get("planning", {}), samples, driving, content)]
+        name = content.get("name") or Path(content["predictions"]).name
+        driving = content.get("driving", {})
+        own = Result(name, file, content.get("planning", {}), samples, driving.get(name), content)
+        beside = content.get("baselines", {})
+        return [own, *(Result(n, file, p, {}, driving.get(n)) for n, p in beside.items())]
     planning = content.get("planning", {})
     planners = planning.get("planning", {})
     if not planners and not content:

@@ -12,7 +12,7 @@ from datamodules.nuscenes import NuScenesDataConfig, NuScenesDataModule
 from datamodules.records import SPLITS
 from experiments.driving_scores import score_driving
 from experiments.plan_submission import plan_set
-from experiments.planning_scores import planning_tables, sample_records, score_planners
+from experiments.planning_scores import PlanSet, planning_tables, sample_records, score_planners
 from experiments.planning_truth import PlanningTruth
 from experiments.report import Report, ResultTable, without_nan
 from experiments.road_boundary import BOUNDARY_OF, score_boundary
@@ -43,6 +43,7 @@ class ScoreRequest:
     truth: TruthFiles = field(default_factory=TruthFiles)  # instead of the root's
     broken_captions: int = 0  # so many of TOD3Cap's records may not fit
     beyond: bool = True  # with the open-loop approximations of closed-loop scores
+    baselines: bool = False  # with planners that see nothing beside the plans
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     samples: dict[str, dict[str, Any]] = {}
     said = [sentence for counts in of_files for sentence in counts.sentences()]
     numbers: dict[str, Any] = {
+        "name": request.name or submission.path.name,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": data.config.version,
@@ -129,30 +131,54 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     }
     if of_files:
         numbers["truth"] = [counts.as_dict() for counts in of_files]
+    blind: list[PlanSet] = []
+    if request.baselines:
+        blind, missing = _blind(data, truth)
+        said += missing
+        numbers["baselines"] = {planner.name: {} for planner in blind}
     # Texts and lengths read strictly and with repairs are two sets of plans.
     for repair in sorted({card.parse == "repair" for card in protocols.values()}):
         cards = {n: card for n, card in protocols.items() if (card.parse == "repair") == repair}
         plans, counts = plan_set(
             submission, truth, repair=repair, frame=request.frame, name=request.name
         )
-        found = score_planners(truth, [plans], cards)
+        found = score_planners(truth, [plans, *blind], cards)
         tables += planning_tables(found, {plans.name: plans.readable_percent})
+        for planner in blind:
+            numbers["baselines"][planner.name] |= {
+                name: scored.as_dict() for name, scored in found[planner.name].items()
+            }
         planning |= {name: scored.as_dict() for name, scored in found[plans.name].items()}
         if BOUNDARY_OF in cards:
             table, numbers["boundary"] = score_boundary(truth, plans)
             tables += [] if table is None else [table]
         for record in sample_records(truth, plans, found[plans.name]):
             _merge(samples.setdefault(record["sample_token"], {}), record)
-        numbers["counts"] = counts.as_dict()
+        numbers.setdefault("counts", counts.as_dict())
+        numbers.setdefault("counts_by_reading", {})["repair" if repair else "strict"] = (
+            counts.as_dict()
+        )
         said += [sentence for sentence in counts.sentences() if sentence not in said]
     if request.beyond:
-        table, driving, by_sample = score_driving(truth, [plans])
+        table, driving, by_sample = score_driving(truth, [plans, *blind])
         tables.append(table)
         numbers["driving"] = driving
         for token, values in by_sample[plans.name].items():
             samples[token]["driving"] = values
     title = request.name or submission.path.name
     return Found(Report(title, tuple(tables), numbers), tuple(said), list(samples.values()))
+
+
+def _blind(data: NuScenesDataModule, truth: PlanningTruth) -> tuple[list[PlanSet], list[str]]:
+    """Planners that see nothing, and why one of them is not there."""
+    from experiments.baselines import EgoMLPConfig
+    from experiments.planning_evaluation import blind_planners, extrapolations
+
+    try:
+        return blind_planners(data, truth, EgoMLPConfig()), []
+    except UserError as error:
+        why = f"there is no ego-state MLP beside the plans, for it cannot be trained: {error}"
+        return extrapolations(truth), [why]
 
 
 def _talks_of_plans(submission: Submission) -> bool:
@@ -188,9 +214,9 @@ def _refuse_unused(
 
 
 def _merge(into: dict[str, Any], record: dict[str, Any]) -> None:
-    """Add a sample's numbers under further protocols."""
+    """Add a sample's numbers under further protocols; what is there already stays."""
     for key, value in record.items():
         if isinstance(value, dict):
-            into.setdefault(key, {}).update(value)
+            into[key] = {**value, **into.get(key, {})}
         else:
             into.setdefault(key, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,14 +49,16 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
     results = {token: submission.results[token] for token in wanted if token in submission.results}
     for token, boxes in results.items():
         _check(boxes, token, submission)
+    name = request.name or submission.path.name
     with tempfile.TemporaryDirectory() as folder:
         if submission.kind == "detection":
             summary = evaluate_detections(nuscenes, split, results, Path(folder))
-            table = detection_table(summary, len(results))
+            table = detection_table(summary, len(results), name)
         else:
             summary = evaluate_tracks(nuscenes, split, results, Path(folder))
-            table = tracking_table(summary, len(results))
+            table = tracking_table(summary, len(results), name)
     numbers: dict[str, Any] = {
+        "name": request.name or submission.path.name,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": version,
@@ -63,8 +66,7 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
         submission.kind: summary,
         "counts": counts,
     }
-    title = request.name or submission.path.name
-    return Found(Report(title, (table,), numbers), tuple(said))
+    return Found(Report(name, (table,), numbers), tuple(said))
 
 
 def _check(boxes: Any, token: str, submission: Submission) -> None:
@@ -82,7 +84,16 @@ def _check(boxes: Any, token: str, submission: Submission) -> None:
                 continue
             values = box[name]
             numeric = isinstance(values, list) and all(
-                isinstance(value, int | float) and value == value for value in values
+                isinstance(value, int | float) and math.isfinite(value) for value in values
             )
             if not numeric or len(values) != size:
                 raise UserError(f"{where}, box {number}: {name} must be {size} numbers")
+        if min(box["size"]) <= 0:
+            raise UserError(f"{where}, box {number}: size must be above 0, not {box['size']}")
+        if not any(box["rotation"]):
+            raise UserError(f"{where}, box {number}: rotation is 0, no quaternion of a turn")
+        score = box[f"{submission.kind}_score"]
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(
+                f"{where}, box {number}: {submission.kind}_score must be a number, not {score!r}"
+            )

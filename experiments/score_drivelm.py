@@ -139,6 +139,7 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
     ]
     name = request.name or submission.path.name
     numbers = {
+        "name": request.name or submission.path.name,
         "predictions": str(submission.path),
         "data": str(request.data),
         "references": str(path),

@@ -23,7 +23,7 @@ from experiments.report import Report, ResultTable
 from experiments.score_drivelm import is_drivelm, score_answers_of_drivelm, scored_by_itself
 from experiments.score_omnidrive import KIND as PLAN_KIND
 from experiments.score_omnidrive import TEXT_KIND, score_omnidrive_plans, with_references
-from experiments.submissions import Submission, answer_counts, named
+from experiments.submissions import Submission, answer_counts, named, unwrapped
 from odvla.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,34 +59,37 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         if all(record.get("kind") == TEXT_KIND for record in records):
             records, counts = with_references(request, records, submission.path)
         else:
-            kind = _kind(submission)
-            records, counts = join(submission, references(request, kind), kind)
+            kind, truth = kind_and_references(request, submission)
+            records, counts = join(submission, truth, kind)
         for name, sentence in (
             ("missing", "references have no answer"),
             ("extra", "answers have no reference"),
             ("doubled", "answers come more than once, the first counts"),
+            ("empty", "answers are empty, they count as wrong"),
         ):
-            if counts[name]:
+            if counts.get(name):
                 said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
     alone = [str(r.get("id") or r.get("sample_token")) for r in records if not r["reference"]]
     if alone:
         said.append(
             f"{len(alone)} answers have an empty reference, and are not scored: {named(alone)}"
         )
-    tables, numbers = evaluate_language(records, submission.path.name)
+    planner = request.name or submission.path.name
+    tables, numbers = evaluate_language(records, submission.path.name, planner=planner, meteor=True)
     if not tables:
         raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
     if request.bert is not None:
         table, scores = _bert(request.bert, records)
         tables, numbers = (*tables, table), {**numbers, "bert_score": scores}
     found = {
+        "name": request.name or submission.path.name,
         "predictions": str(submission.path),
         "data": str(request.data),
         "split": request.split,
         "language": numbers,
         "counts": counts,
     }
-    return Found(Report(request.name or submission.path.name, tables, found), tuple(said), records)
+    return Found(Report(planner, tables, found), tuple(said), records)
 
 
 def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Record]) -> Found:
@@ -109,18 +112,52 @@ def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Recor
     return Found(report, (*planned.said, *told.said), [*planned.samples, *told.samples])
 
 
-def _kind(submission: Submission) -> str:
+def kind_and_references(
+    request: ScoreRequest, submission: Submission
+) -> tuple[str, dict[tuple[str, str], Record]]:
+    """What was asked, and its references by (sample token, question).
+
+    NuScenes-QA and nuCaption both have questions. Which of the two was answered is told by the
+    references that know the questions, not by the answers: those may be poor.
+
+    Raises:
+        UserError: no references are there, or the records are neither answers nor captions.
+    """
     first = submission.records[0]
-    if "narration" in first or "reasoning" in first:
-        return "narration"
     if "question" not in first:
-        raise UserError(
-            f"{submission.path}: its records have neither a question nor a narration, and no "
-            "reference of their own"
-        )
-    texts = [str(_answer(record)) for record in submission.records]
-    # NuScenes-QA's answers are a word or two; nuCaption's are sentences.
-    return "qa" if sum(len(text.split()) <= 3 for text in texts) > len(texts) / 2 else "caption"
+        if not {"narration", "reasoning", "text"} & set(first):
+            raise UserError(
+                f"{submission.path}: its records have neither a question nor a narration, and no "
+                "reference of their own"
+            )
+        return "narration", references(request, "narration")
+    keys = {_key(record, str(submission.path)) for record in submission.records}
+    found: dict[str, dict[tuple[str, str], Record]] = {}
+    for kind in ("qa", "caption"):
+        if request.references is None:
+            known = _reference_path(request, kind).is_file()
+        else:
+            known = kind == _kind_of_references(request.references)
+        if known:
+            found[kind] = references(request, kind)
+    if not found:
+        references(request, "qa")  # says which file is missing
+    kind = max(found, key=lambda name: len(keys & set(found[name])))
+    return kind, found[kind]
+
+
+def _kind_of_references(path: Path) -> str:
+    if not path.is_file():
+        return "qa"
+    content = read_json(path)
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        return "qa" if "template_type" in content[0] else "caption"
+    return "qa"
+
+
+def _reference_path(request: ScoreRequest, kind: str) -> Path:
+    pattern, _ = FILES[kind]
+    return request.references or Path(request.data) / "language" / pattern.format(request.split)
 
 
 def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record]:
@@ -129,14 +166,14 @@ def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record
     Raises:
         UserError: the file is missing or does not hold what it should.
     """
-    pattern, inside = FILES[kind]
-    path = request.references or Path(request.data) / "language" / pattern.format(request.split)
+    _, inside = FILES[kind]
+    path = _reference_path(request, kind)
     if not path.is_file():
         raise UserError(
             f"the references are missing: there is no {path}; name the file with --references"
         )
     content = read_json(path)
-    if inside is not None:
+    if inside is not None and not isinstance(content, list):
         content = content.get(inside) if isinstance(content, Mapping) else None
     if isinstance(content, Mapping):
         content = [{"sample_token": token, **value} for token, value in content.items()]
@@ -169,12 +206,9 @@ def join(
             name: str(reference[name]) for name in ("template_type", "num_hop") if name in reference
         }
         if kind == "narration":
-            texts = [
-                f"{r.get('narration', '')} Reasoning: {r.get('reasoning', '')}"
-                for r in (record, reference)
-            ]
+            texts = [_of_nux(record), _of_nux(reference)]
         else:
-            texts = [str(_answer(record)), str(_answer(reference))]
+            texts = [_answer(record), _answer(reference)]
         records.append(
             {
                 "sample_token": key[0],
@@ -192,6 +226,7 @@ def join(
             f"e.g. that of sample {extra[0]}"
         )
     missing = [key[0] for key in truth if key not in answers]
+    empty = [r["sample_token"] for r in records if not r["text"].strip()]
     counts = answer_counts(
         len(submission.records),
         len(truth),
@@ -200,7 +235,7 @@ def join(
         extra=extra,
         doubled=doubled,
     )
-    return records, counts
+    return records, {**counts, "n_empty": len(empty), "empty": empty}
 
 
 def _key(record: Record, where: str) -> tuple[str, str]:
@@ -210,11 +245,21 @@ def _key(record: Record, where: str) -> tuple[str, str]:
     return token, str(record.get("question", ""))
 
 
-def _answer(record: Record) -> Any:
+def _answer(record: Record) -> str:
+    """The text of an answer, "" where there is none; the reference writes a list of one text."""
     for name in ("prediction", "pred", "text", "answer"):
         if name in record:
-            return record[name]
+            value = unwrapped(record[name])
+            return "" if value is None or value == [] else str(value)
     return ""
+
+
+def _of_nux(record: Record) -> str:
+    """Narration and reasoning as one text, so that `split_nux` finds both again."""
+    if not {"narration", "reasoning"} & set(record):
+        return _answer(record)
+    narration, reasoning = (record.get(name) or "" for name in ("narration", "reasoning"))
+    return f"{narration} Reasoning: {reasoning}" if narration or reasoning else ""
 
 
 def _bert(folder: Path, records: list[Record]) -> tuple[ResultTable, dict[str, Any]]:

@@ -69,6 +69,7 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
         digits=1,
     )
     numbers: dict[str, Any] = {
+        "name": request.name or submission.path.name,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": data.config.version,

@@ -18,6 +18,7 @@ Nothing is dropped silently: what does not belong, is there twice or cannot be u
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Submission:
     plans: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)  # language
     results: dict[str, Any] = field(default_factory=dict)  # of boxes: token -> boxes
-    doubled: tuple[str, ...] = ()  # tokens that come more than once
+    doubled: tuple[str, ...] = ()  # tokens that come more than once; the first counts
     conflicting: tuple[str, ...] = ()  # of these, those whose plans differ
 
 
@@ -97,6 +98,7 @@ def coverage(submission: Submission, wanted: Sequence[str]) -> tuple[dict[str, A
         Counts and tokens for results.json, and what the user should be told.
     """
     known = set(wanted)
+    doubled = list(submission.doubled)
     extra = [token for token in submission.results if token not in known]
     missing = [token for token in wanted if token not in submission.results]
     said = []
@@ -104,14 +106,20 @@ def coverage(submission: Submission, wanted: Sequence[str]) -> tuple[dict[str, A
         said.append(f"{len(missing)} of {len(wanted)} key-frames have no entry: {named(missing)}")
     if extra:
         said.append(f"{len(extra)} entries belong to no key-frame of the split: {named(extra)}")
+    if doubled:
+        said.append(
+            f"{len(doubled)} samples come more than once, the first counts: {named(doubled)}"
+        )
     counts = {
         "in_file": len(submission.results),
         "in_split": len(wanted),
         "used": len(submission.results) - len(extra),
         "n_missing": len(missing),
         "n_extra": len(extra),
+        "n_doubled": len(doubled),
         "missing": missing,
         "extra": extra,
+        "doubled": doubled,
     }
     return counts, said
 
@@ -165,10 +173,28 @@ def _text(path: Path) -> str:
     return text
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object in which keys come more than once; as a dict it holds the first of each."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(reversed(pairs))
+        self.pairs = pairs
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    return plain if len(plain) == len(pairs) else _Repeating(pairs)
+
+
+def _pairs(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """All keys and values of an object, those that come again included."""
+    return content.pairs if isinstance(content, _Repeating) else list(content.items())
+
+
 def _whole_json(text: str) -> Any:
     """Content where the file is one JSON value; None where it may be JSON lines."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
         return None
 
@@ -188,22 +214,32 @@ def _from_pickle(path: Path) -> Submission:
         raise UserError(f"{path} must hold a dict, sample token -> 6 x 2 numbers")
     if not content:
         raise UserError(f"{path} is empty: it holds no prediction")
-    return Submission(path, "plans", plans={str(key): value for key, value in content.items()})
+    return _plans(path, [(str(k).removesuffix(TRAJECTORY), plan) for k, plan in content.items()])
 
 
 def _from_nuscenes(path: Path, results: Any) -> Submission:
     if not isinstance(results, dict) or not results:
         raise UserError(f"{path} is empty: its 'results' hold no sample")
+    for token, found in results.items():
+        if not isinstance(found, list):
+            raise UserError(f"{path}, sample {token}: expected a list of boxes")
+    doubled = _again(token for token, _ in _pairs(results))
     boxes = [box for found in results.values() for box in found]
     captioned = [isinstance(box, dict) and "caption" in box for box in boxes]
     if any(captioned):
         if not all(captioned):
             raise UserError(f"{path}: some boxes have a caption and some have none")
-        return Submission(path, "object_captions", results=results)
+        return Submission(path, "object_captions", results=results, doubled=doubled)
     tracked = [isinstance(box, dict) and "tracking_id" in box for box in boxes]
     if any(tracked) and not all(tracked):
         raise UserError(f"{path}: some boxes have a tracking_id and some have none")
-    return Submission(path, "tracking" if any(tracked) else "detection", results=results)
+    kind: Kind = "tracking" if any(tracked) else "detection"
+    return Submission(path, kind, results=results, doubled=doubled)
+
+
+def _again(tokens: Iterable[str]) -> tuple[str, ...]:
+    """Those that come more than once."""
+    return tuple(token for token, times in Counter(tokens).items() if times > 1)
 
 
 def _from_records(path: Path, records: Any) -> Submission:
@@ -231,22 +267,23 @@ def _from_records(path: Path, records: Any) -> Submission:
 
 def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:
     """An object by token: plans as numbers or texts, or captions."""
-    values = list(content.values())
+    if not content:
+        raise UserError(f"{path} is empty: it holds no prediction")
+    entries = _pairs(content)
+    values = [value for _, value in entries]
     if all(isinstance(value, dict) and not _is_plan(value) for value in values):
-        records = [{"sample_token": key, **value} for key, value in content.items()]
+        records = [{"sample_token": key, **value} for key, value in entries]
         return Submission(path, "language", records=records)
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) == len(values) and not any(key.endswith(TRAJECTORY) for key in content):
-        records = [
-            _told_plan({"sample_token": key, "text": value}) for key, value in content.items()
-        ]
+        records = [_told_plan({"sample_token": key, "text": value}) for key, value in entries]
         if any("kind" in record for record in records) or not any(
             "(" in text and "," in text for text in texts
         ):
             return Submission(path, "language", records=records)
     pairs = []
-    for key, value in content.items():
-        found = _points_or_text(value) if isinstance(value, dict) else _unwrapped(value)
+    for key, value in entries:
+        found = _points_or_text(value) if isinstance(value, dict) else unwrapped(value)
         pairs.append((key.removesuffix(TRAJECTORY), found))
     return _plans(path, pairs)
 
@@ -261,7 +298,7 @@ def _from_folder(folder: Path) -> Submission:
         ):
             raise UserError(f'{path} must hold a list of {{"Q": question, "A": [answer]}}')
         for one in content:
-            question, text = str(one["Q"]), str(_unwrapped(one["A"]))
+            question, text = str(one["Q"]), str(unwrapped(one["A"]))
             plan = REAR_AXLE_PLAN in text or PLAN_ASKED in question
             records.append(
                 {
@@ -278,7 +315,7 @@ def _from_folder(folder: Path) -> Submission:
 
 def _told_plan(record: Record) -> Record:
     """The record, named as OmniDrive's plan where its text is one."""
-    text = _unwrapped(record.get("text", record.get("answer")))
+    text = unwrapped(record.get("text", record.get("answer")))
     if "kind" in record or not isinstance(text, str) or REAR_AXLE_PLAN not in text:
         return record
     return {**record, "kind": "omnidrive_plan", "text": text}
@@ -318,11 +355,11 @@ def _points_or_text(record: Mapping[str, Any]) -> Any:
     """Points where there are some, else the text that says them."""
     for key in ("waypoints", "trajectory", "answer", "text"):
         if record.get(key) is not None:
-            return _unwrapped(record[key])
+            return unwrapped(record[key])
     return None
 
 
-def _unwrapped(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     """The reference writes an answer as a list of one text."""
     lone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
     return value[0] if lone else value

@@ -76,6 +76,12 @@ def add(verbs: Verbs) -> None:
         metavar="N",
         help="so many records of TOD3Cap's file may not fit; each is named (default: 0)",
     )
+    score.add_argument(
+        "--alone",
+        action="store_true",
+        help="without the rows of planners that see nothing (constant velocity, acceleration, turn "
+        "rate, an MLP of the ego state)",
+    )
     score.add_argument("--bert", type=Path, metavar="DIR", help="local model for BERTScore")
     score.add_argument("--name", default="", help="of the planner, in tables")
     score.add_argument("--out", type=Path, metavar="DIR", help="results.json and table.md go here")
@@ -126,6 +132,7 @@ def score_predictions(options: argparse.Namespace) -> None:
         bert=options.bert,
         truth=TruthFiles(options.truth, options.truth_mask, tuple(options.truth_rasters)),
         broken_captions=options.broken_captions,
+        baselines=not options.alone,
     )
     console = wide_console()
     with console.status("scoring"):

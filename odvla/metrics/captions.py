@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from odvla.metrics.ptb import tokenise
+from odvla.metrics.ptb import tokenise, tokenise_all
 
 __all__ = ["CaptionScores", "NuXScores", "score_captions", "score_nux", "tokenise"]
 JAVA_SECONDS = 60  # that Java may take to say its version
@@ -65,8 +65,8 @@ def score_captions(
 
     if len(predicted) != len(references) or not predicted:
         raise ValueError(f"got {len(predicted)} captions and {len(references)} references to score")
-    hypothesis = {i: [tokenise(text)] for i, text in enumerate(predicted)}
-    reference = {i: [tokenise(text)] for i, text in enumerate(references)}
+    hypothesis = {i: [text] for i, text in enumerate(tokenise_all(predicted))}
+    reference = {i: [text] for i, text in enumerate(tokenise_all(references))}
     if not any(texts[0] for texts in reference.values()):
         # pycocoevalcap fails on a corpus without a word; there is nothing to agree with.
         return CaptionScores((0.0,) * 4, 0.0, 0.0, len(predicted), None, "references are empty")

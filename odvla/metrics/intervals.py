@@ -8,7 +8,7 @@ Shape legend: S samples, G scenes, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,45 @@ def bootstrap(
     means = (weights @ total)[kept] / denominator[kept]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, float(low), float(high), len(total))
+
+
+def bootstrap_steps(
+    values: NDArray[np.floating],
+    counted: NDArray[np.bool_],
+    scenes: Sequence[str],
+    combine: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of a number that is put together from means of steps.
+
+    Where steps have different numbers of samples, the mean over samples of each one's own average
+    is another number, and an interval around that one need not hold the number that is printed.
+
+    Args:
+        values: [S, T].
+        counted: [S, T] False where a step of a sample does not count.
+        scenes: [S] name of each sample's scene.
+        combine: from means of the steps [..., T] to the number [...].
+        seed: of the resampling.
+
+    Raises:
+        ValueError: lengths differ, or nothing counts.
+    """
+    steps = range(values.shape[1])
+    owner = np.unique(np.asarray(scenes), return_inverse=True)[1]
+    size = int(owner.max()) + 1 if len(owner) else 0
+    if not len(values) == len(counted) == len(scenes) or not counted.any():
+        raise ValueError("values, flags and scenes differ in length, or no step counts")
+    kept = np.where(counted, values, 0.0)
+    total = np.stack([np.bincount(owner, kept[:, step], size) for step in steps], axis=1)
+    count = np.stack([np.bincount(owner, counted[:, step], size) for step in steps], axis=1)
+    total, count = total[count.any(1)], count[count.any(1)]
+    weights = _resampled(len(total), np.random.default_rng(seed))
+    # A step that a resample lost altogether counts 0, as in the number itself.
+    found = combine((weights @ total) / np.maximum(weights @ count, 1))
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value = float(combine(total.sum(0) / np.maximum(count.sum(0), 1)))
+    return Interval(value, float(low), float(high), len(total))
 
 
 def paired_test(

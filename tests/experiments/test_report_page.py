@@ -12,6 +12,7 @@ from experiments.cli import main
 from experiments.planning_scores import Scored
 from experiments.published_tables import published_plans, published_tables
 from experiments.report_page import make_report
+from experiments.report_plots import all_plots, comparable
 from experiments.result_files import compare, planning_tables, read_results
 from odvla.errors import UserError
 from odvla.metrics.collisions import Traffic
@@ -95,6 +96,18 @@ def test_published_rows_stand_beside_ours_on_nuscenes_val(tmp_path):
     tables = {table.title: table for table in planning_tables(read_results([changed]))}
     assert "OpenDriveVLA-0.5B (published)" not in dict(tables["Planning, opendrivevla_stp3"].rows)
     assert "compare with nothing" in tables["Published: planning, quoted, mean up to t"].note
+
+
+def test_a_plot_never_mixes_protocols(tmp_path):
+    folders = [
+        write(tmp_path / "first", 0.5, protocols=("uniad",)),
+        write(tmp_path / "second", 1.0, protocols=("opendrivevla_stp3", "uniad")),
+        write(tmp_path / "third", 2.0, protocols=("opendrivevla_stp3",)),
+    ]
+    protocol, kept = comparable(read_results(folders))
+    assert (protocol, [result.name for result in kept]) == ("uniad", ["first.pkl", "second.pkl"])
+    assert all("(uniad)" in title for title, _ in all_plots(read_results(folders)))
+    assert comparable([]) == ("", [])
 
 
 def test_different_cards_are_not_compared(tmp_path):

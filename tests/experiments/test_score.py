@@ -1,6 +1,7 @@
 """Anybody's predictions: formats, and everything that can be wrong with them."""
 
 import json
+import math
 import pickle
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from experiments.cli import main
 from experiments.plan_submission import FRAMES, plan_set
 from experiments.planning_scores import PlanSet, score_planners
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
+from experiments.result_files import read_results
 from experiments.score import ScoreRequest, score
 from experiments.score_language import join
 from experiments.submissions import Submission, read_submission
@@ -170,6 +172,35 @@ def test_poor_plans_are_not_taken_for_another_frame(truth, tmp_path):
     assert not found.points.any()
 
 
+def test_keys_that_come_again_are_counted_and_the_first_counts(truth, tmp_path):
+    """JSON objects may hold a key twice; what Python's reader would drop is counted."""
+    here, other = (json.dumps(plan.tolist()) for plan in list(driven(truth).values())[:2])
+    token = TOKENS[0]
+    path = tmp_path / "plans.json"
+    path.write_text(f'{{"{token}": {here}, "{token}_trajectory": {other}, "{token}": {here}}}')
+    found, counts = plan_set(read_submission(path), truth, repair=False)
+    assert counts.doubled == counts.conflicting == (token,)
+    assert torch.equal(found.points[0], truth.split.waypoints[0].double())
+    path.write_text('{"meta": {}, "results": {"a": [], "a": [{}], "b": []}}')
+    boxes = read_submission(path)
+    assert (boxes.doubled, boxes.results) == (("a",), {"a": [], "b": []})
+    answers = tmp_path / "answers.json"
+    answers.write_text('{"a": {"narration": "it waits"}, "a": {"narration": "it goes"}}')
+    assert [record["narration"] for record in read_submission(answers).records] == [
+        "it waits",
+        "it goes",
+    ]
+    pickled = write_pickle(tmp_path / "p.pkl", {f"{token}_trajectory": np.zeros((6, 2))})
+    assert list(read_submission(pickled).plans) == [token]
+
+
+def test_paths_that_are_cut_say_nothing_about_axes(truth, tmp_path):
+    fine = {token: np.repeat(plan, 10, axis=0) for token, plan in driven(truth).items()}
+    submission = read_submission(write_pickle(tmp_path / "fine.pkl", fine))
+    _, counts = plan_set(submission, truth, repair=True)
+    assert (len(counts.repaired), counts.used) == (12, 12)
+
+
 class Evil:
     """Would print when unpickled."""
 
@@ -183,6 +214,8 @@ class Evil:
         ("p.jsonl", b"", "is empty"),
         ("p.jsonl", b" \n", "is empty"),
         ("p.json", b"[]", "is empty"),
+        ("p.json", b"{}", "is empty"),
+        ("p.json", b'{"meta": {}, "results": {"a": null}}', "sample a: expected a list of boxes"),
         ("p.pkl", pickle.dumps({}), "is empty"),
         ("p.pkl", pickle.dumps([1]), "must hold a dict"),
         ("p.pkl", pickle.dumps({"a": Evil()}), r"is refused: it names .*print"),
@@ -245,6 +278,41 @@ def test_answers_are_joined_by_sample_and_question():
     assert (counts["n_missing"], counts["extra"], counts["doubled"]) == (1, ["b"], ["a"])
     with pytest.raises(UserError, match="not one of its 1 answers belongs"):
         join(Submission(__file__, "language", records=said[2:]), truth, "qa")
+
+
+def test_what_was_asked_is_told_by_the_references_not_by_the_answers(town_root, tmp_path):
+    asked = json.loads(
+        (town_root / "language/nuscenes_qa/NuScenes_val_questions.json").read_text()
+    )["questions"]
+    said = [
+        {"sample_token": q["sample_token"], "question": q["question"], "answer": [str(q["answer"])]}
+        for q in asked
+    ]
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(said))
+    found = score(ScoreRequest(path, town_root, name="mine"))
+    assert found.report.numbers["language"]["question_answering"]["accuracy"] == 100.0
+    assert found.report.tables[0].rows[0][0] == found.report.numbers["name"] == "mine"
+
+    # Sentences, and no answers at all, are still answers to NuScenes-QA's questions.
+    for record in said:
+        record["answer"] = ["As far as I can see, I would say yes."]
+    said[0]["answer"], said[1]["answer"] = None, []
+    del said[2]["answer"]
+    path.write_text(json.dumps(said))
+    found = score(ScoreRequest(path, town_root))
+    assert found.report.numbers["language"]["question_answering"]["accuracy"] == 0.0
+    assert found.report.numbers["counts"]["n_empty"] == 3
+    assert any(s.startswith("3 answers are empty, they count as wrong") for s in found.said)
+
+    # One word is a poor answer to nuCaption's questions, and an answer to them.
+    scenes = json.loads((town_root / "language/nucaption/val.json").read_text())
+    one_word = [{**record, "answer": "car"} for record in scenes]
+    path.write_text(json.dumps(one_word))
+    found = score(ScoreRequest(path, town_root)).report.numbers
+    assert found["language"]["captions"]["caption"]["captions"] == len(
+        {(record["sample_token"], record["question"]) for record in scenes}
+    )
 
 
 def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_root, tmp_path):
@@ -365,6 +433,17 @@ def test_a_detection_submission_is_scored_by_the_devkit(annotated_boxes, town_ro
     path.write_text(json.dumps({"meta": {}, "results": {**results, first: [{"size": [1, 2]}]}}))
     with pytest.raises(UserError, match=rf"sample {first}, box 0: field 'sample_token' is missing"):
         score(ScoreRequest(path, town_root))
+    token, (box, *_) = next((t, boxes) for t, boxes in results.items() if boxes)
+    for change, message in (
+        ({"translation": [0.0, math.inf, 0.0]}, "translation must be 3 numbers"),
+        ({"size": [0.0, 1.0, 1.0]}, "size must be above 0"),
+        ({"rotation": [0.0, 0.0, 0.0, 0.0]}, "rotation is 0"),
+        ({"detection_score": "high"}, "detection_score must be a number, not 'high'"),
+        ({"detection_score": math.nan}, "detection_score must be a number, not nan"),
+    ):
+        path.write_text(json.dumps({"meta": {}, "results": {**results, token: [box | change]}}))
+        with pytest.raises(UserError, match=rf"sample {token}, box 0: {message}"):
+            score(ScoreRequest(path, town_root))
     path.write_text(json.dumps({"meta": {}, "results": {"x": []}}))
     with pytest.raises(UserError, match="none of its 1 samples is a key-frame of the val split"):
         score(ScoreRequest(path, town_root))
@@ -417,5 +496,12 @@ def test_the_verb_scores_a_town(town_root, tmp_path, capsys):
     assert driving["driven path"]["no_fault_collision"] == 1.0
     assert driving["driven path"]["progress"] == pytest.approx(1.0)
     assert "| plans.pkl |" in (out / "table.md").read_text()
+    # Planners that see nothing stand beside the plans, in every table and in the report.
+    assert len(results["baselines"]) == 4
+    for beside in results["baselines"].values():
+        assert set(beside) == set(results["planning"])
+    assert "| ego-state MLP |" in (out / "table.md").read_text()
+    assert [r.name for r in read_results([out])] == ["plans.pkl", *results["baselines"]]
+    assert set(results["counts_by_reading"]) == {"strict", "repair"}
     assert main(["score", str(path), "--data", str(tmp_path)]) == 2
     assert "holds none of v1.0-mini" in capsys.readouterr().err

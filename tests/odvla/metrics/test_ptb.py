@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from odvla.metrics.ptb import DROPPED, tokenise
+from odvla.metrics.ptb import DROPPED, tokenise, tokenise_all
 
 # Texts of our own, and what pycocoevalcap's Java tokenizer made of them.
 RECORDED = {
@@ -48,6 +48,27 @@ RECORDED = {
 }
 
 
+# Lines of one file, in order, with what the Java program made of them: a letter with a full stop is
+# an initial unless a word of its list begins what follows, in the same line or the next one.
+FILE = {
+    "It is parked at 24.5 m.": "it is parked at 24.5 m.",
+    "Behind it are two cars at 28.7 m. Two more are at 30 m.": (
+        "behind it are two cars at 28.7 m. two more are at 30 m"
+    ),
+    "However far, at 3 m. Here it stops, at 3.5m.": "however far at 3 m here it stops at 3.5 m",
+    "A car at 4 m., a truck at 5 m. It waits.": "a car at 4 m. a truck at 5 m it waits",
+    "it is 4m. The plan b.": "it is 4m the plan b.",
+    "": "",
+    "another one, at 9 m.": "another one at 9 m.",
+}
+
+
+def test_the_next_caption_decides_on_a_last_letter():
+    assert tokenise_all(list(FILE)) == list(FILE.values())
+    assert tokenise_all(["at 9 m.", "", "A car"]) == ["at 9 m", "", "a car"]
+    assert tokenise("at 9 m.") == "at 9 m."
+
+
 @pytest.mark.parametrize("text", RECORDED)
 def test_tokens_equal_the_java_tokenizer(text):
     assert tokenise(text) == RECORDED[text]
@@ -68,3 +89,12 @@ def test_tokens_equal_the_java_tokenizer_now(tmp_path):
         kept = [token for token in line.split() if token not in theirs.PUNCTUATIONS]
         assert tokenise(text).split() == kept
     assert set(theirs.PUNCTUATIONS) == DROPPED
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java here")
+def test_a_file_is_tokenised_as_pycocoevalcap_does_now():
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    for texts in (list(FILE), ["at 9 m.", "", "A car"]):
+        found = PTBTokenizer().tokenize({n: [{"caption": t}] for n, t in enumerate(texts)})
+        assert tokenise_all(texts) == [found[number][0] for number in range(len(texts))]
