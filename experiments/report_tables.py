@@ -110,7 +110,15 @@ def _perception_tables(results: Sequence[Result]) -> list[ResultTable]:
                 maps.append((result.name, tuple(c if c is None else 100 * c for c in cells)))
     tables = []
     if boxes:
-        columns = ("mAP", "NDS", "mATE (m)", "mASE", "mAOE (rad)", "mAVE (m/s)", "mAAE")
+        columns: tuple[str, ...] = (
+            "mAP",
+            "NDS",
+            "mATE (m)",
+            "mASE",
+            "mAOE (rad)",
+            "mAVE (m/s)",
+            "mAAE",
+        )
         note = "nuscenes-devkit, detection_cvpr_2019."
         tables.append(ResultTable("Detection", columns, tuple(boxes), note, digits=3))
     if tracks:

@@ -197,7 +197,7 @@ def join(
         if key in answers:
             doubled.append(key[0])
         answers.setdefault(key, record)
-    records = []
+    records: list[Record] = []
     for key, record in answers.items():
         if key not in truth:
             continue
