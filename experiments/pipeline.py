@@ -64,9 +64,7 @@ class Pipeline:
         shop = self.shop
         if is_first_process():
             shop.write_config()
-        tags = {"seed": shop.config.seed, "git_commit": git_commit()}
-        tags["data_fingerprint"] = shop.fingerprint
-        shop.tracker.start(flat(shop.config), {"experiment": shop.config.name, **tags})
+        self._track()
         parent = self.parent
         for stage in self.stages:
             run = StageRun(shop, stage, parent)
@@ -75,6 +73,13 @@ class Pipeline:
             else:
                 self._guarded(run)
             parent = run.folder
+
+    def _track(self) -> None:
+        """Open the experiment's MLflow run; anew where its store is not the one of before."""
+        shop = self.shop
+        tags = {"experiment": shop.config.name, "seed": shop.config.seed}
+        tags |= {"git_commit": git_commit(), "data_fingerprint": shop.fingerprint}
+        shop.tracker.start(flat(shop.config), tags)
 
     def _guarded(self, run: StageRun) -> None:
         try:
@@ -156,6 +161,7 @@ class Pipeline:
             if thorough and report.samples:
                 count = max(1, shop.config.pictures)
                 pictures += draw_cases(data, folder / "cases", report.samples, count)
+        self._track()
         for name, numbers in report.numbers.items():
             shop.tracker.log_numbers(name, numbers)
         shop.tracker.log_numbers("", report.numbers)

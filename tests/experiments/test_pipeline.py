@@ -1,17 +1,21 @@
 """The pipeline on a generated town: stages in order, skipped, continued, handed over, tracked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from mlflow.tracking import MlflowClient
 from rich.console import Console
 
 from experiments.pipeline import open_pipeline
 from experiments.predict import predict
 from experiments.stage_run import StageRun
 from experiments.tiny import smoke
+from experiments.tracking import EXPERIMENT
+from experiments.tracking_store import store_uri
 from odvla.errors import UserError
 
 STAGES = ("perception", "interaction")
@@ -158,6 +162,20 @@ def test_test_predicts_again(config, runs):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="no stage is finished"):
         open_pipeline(replace(config, name="new"), runs, progress=False).test()
+
+
+def test_an_evaluation_is_tracked_where_the_store_of_its_training_is_not(config, runs, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(runs / "smoke", moved / "smoke")
+    pipeline = open_pipeline(config, moved, progress=False)
+    pipeline.test()
+    pipeline.report(Console(quiet=True))
+    client = MlflowClient(tracking_uri=store_uri(moved))
+    (experiment,) = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert any("min_ade" in name for name in run.data.metrics)
+    assert "table.md" in [found.path for found in client.list_artifacts(run.info.run_id)]
 
 
 def test_a_sample_is_planned_and_asked(config, runs, tmp_path):
