@@ -28,6 +28,21 @@ from odvla.errors import UserError
 GROUPS = (run, cache, sweep, compare, runs, plan, score, data, doctor, weights, parity)
 
 
+# Turns of a loop in which a numerical thread waits for the others before it sleeps.
+SPIN_COUNT = "10000"
+
+
+def _wait_briefly() -> None:
+    """Keep numerical threads from waiting at full load; before torch, whose library reads this.
+
+    GNU's OpenMP, which torch's Linux builds use, waits some milliseconds awake. With another
+    process on a core the thread that is waited for cannot run, and all of that time is lost, again
+    and again (docs/decisions.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -38,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when a comparison failed; 2 for a mistake of the user's, which is printed as one
         sentence; 130 when interrupted.
     """
+    _wait_briefly()
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives overrides that stand behind an option to the rest.

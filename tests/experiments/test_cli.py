@@ -1,5 +1,7 @@
 """The command line, as far as it goes without data."""
 
+import os
+
 import pytest
 
 from experiments.cli import build_parser, main
@@ -55,3 +57,17 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
         build_parser().parse_args([*verb.split(), "--help"])
     assert end.value.code == 0
     assert f"example: python lightning_app.py {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_numerical_threads_wait_briefly_unless_told_otherwise(given, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever main does
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["list"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
