@@ -27,7 +27,6 @@ from odvla.errors import UserError
 # In the order of the help.
 GROUPS = (run, cache, sweep, compare, runs, plan, score, data, doctor, weights, parity)
 
-
 # Turns of a loop in which a numerical thread waits for the others before it sleeps.
 SPIN_COUNT = "10000"
 

@@ -25,6 +25,8 @@ from odvla.metrics.planning import (
     PlanningSamples,
     PlanningScores,
     counted_steps,
+    judged_hits,
+    over_time,
 )
 from odvla.metrics.protocol import PRESETS, ProtocolCard
 from odvla.types import WAYPOINTS
@@ -88,13 +90,10 @@ class Scored:
     def intervals(self) -> dict[str, Interval]:
         """Bootstrap intervals over scenes of the averages that papers print."""
         card = self.scores.card
-        hits = self.samples.hits.double()
-        if card.collision == "any_up_to_t":
-            hits = hits.cummax(dim=1).values
         found = {}
         for name, values, counted, convention in zip(
             ("l2_avg_m", f"{card.shape}_collision_avg"),
-            (self.samples.l2_m, hits),
+            (self.samples.l2_m, judged_hits(self.samples, card)),
             counted_steps(self.samples.mask, card),
             (card.l2, card.collision),
             strict=True,
@@ -113,10 +112,7 @@ class Scored:
 
 def _average(steps: np.ndarray, convention: str) -> np.ndarray:
     """Mean over 1, 2 and 3 s [...] of means of the steps [..., 6]."""
-    ends = [STEPS_PER_SECOND * second for second in SECONDS]
-    if convention == "mean_up_to_t":
-        return np.mean([steps[..., :end].mean(-1) for end in ends], axis=0)
-    return np.mean([steps[..., end - 1] for end in ends], axis=0)
+    return over_time(torch.from_numpy(steps), convention).mean(-1).numpy()
 
 
 def per_sample(
@@ -129,9 +125,7 @@ def per_sample(
     steps are put together.
     """
     l2_counted, hit_counted = counted_steps(samples.mask, card)
-    hits = samples.hits.double()
-    if card.collision == "any_up_to_t":
-        hits = hits.cummax(dim=1).values
+    hits = judged_hits(samples, card)
     l2 = _combined(samples.l2_m, l2_counted, card.l2, card.samples == "reference")
     collision = _combined(hits, hit_counted, card.collision, card.samples == "reference")
     counted = hit_counted.any(1).numpy()

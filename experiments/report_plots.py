@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,13 +42,10 @@ def all_plots(results: Sequence[Result]) -> list[tuple[str, str]]:
 def comparable(results: Sequence[Result]) -> tuple[str, list[Result]]:
     """The protocol that most results with samples have, and these: a plot never mixes cards."""
     kept = [result for result in results if result.samples and result.protocols]
-    shared = {name: 0 for result in kept for name in result.protocols}
-    for result in kept:
-        for name in result.protocols:
-            shared[name] += 1
+    shared = Counter(name for result in kept for name in result.protocols)
     if not shared:
         return "", []
-    protocol = max(shared, key=lambda name: shared[name])  # the first of equals
+    ((protocol, _),) = shared.most_common(1)  # the first of equals
     return protocol, [result for result in kept if protocol in result.protocols]
 
 

@@ -13,6 +13,9 @@ from odvla.metrics.object_captions import METRICS
 
 _KINDS = ("exist", "count", "object", "status", "comparison")
 _CAPTIONS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
+_BOXES = ("mAP", "NDS", "mATE (m)", "mASE", "mAOE (rad)", "mAVE (m/s)", "mAAE")
+_MAP = ("divider", "ped_crossing", "boundary", "drivable", "mean")
 _TRACKS = {"amota": "AMOTA", "amotp": "AMOTP (m)", "ids": "id switches", "recall": "recall"}
 Cells = tuple[float | str | None, ...]
 Rows = list[tuple[str, Cells]]
@@ -20,9 +23,8 @@ Rows = list[tuple[str, Cells]]
 
 def other_tables(results: Sequence[Result]) -> list[ResultTable]:
     """All results side by side, a table for each thing that any of them was scored on."""
-    driving = _driving_table(results)
     return [
-        *([] if driving is None else [driving]),
+        *_driving_table(results),
         *_language_tables(results),
         *_object_caption_table(results),
         *_perception_tables(results),
@@ -30,7 +32,7 @@ def other_tables(results: Sequence[Result]) -> list[ResultTable]:
     ]
 
 
-def _driving_table(results: Sequence[Result]) -> ResultTable | None:
+def _driving_table(results: Sequence[Result]) -> list[ResultTable]:
     rows = []
     for result in results:
         if result.driving:
@@ -39,9 +41,9 @@ def _driving_table(results: Sequence[Result]) -> ResultTable | None:
                 (result.name, tuple(None if value is None else 100 * value for value in values))
             )
     if not rows:
-        return None
+        return []
     title = "Beyond L2: what closed-loop benchmarks ask (%)"
-    return ResultTable(title, tuple(NAMES.values()), tuple(rows), note=NOTE, digits=1)
+    return [ResultTable(title, tuple(NAMES.values()), tuple(rows), note=NOTE, digits=1)]
 
 
 def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
@@ -49,15 +51,14 @@ def _language_tables(results: Sequence[Result]) -> list[ResultTable]:
     answers, captions, drivelm = [], [], []
     for result in results:
         content = result.other or {}
-        parts = [content.get(name, {}) for name in ("language", "alignment", "instruction")]
-        for part in parts:
-            scores = part.get("question_answering") if isinstance(part, dict) else None
+        for part in (content.get(name, {}) for name in ("language", "alignment", "instruction")):
+            scores = part.get("question_answering")
             if scores:
                 kinds = scores["by_type"]
                 cells = [kinds.get(kind) for kind in _KINDS]
                 cells += [scores["by_hop"].get(hop) for hop in ("0", "1")]
                 answers.append((result.name, (*cells, scores["accuracy"])))
-            terms = part.get("drivelm") if isinstance(part, dict) else None
+            terms = part.get("drivelm")
             if terms:
                 known = (terms[name] for name in ("accuracy", "match_f1", "language"))
                 drivelm.append((result.name, (*known, "missing")))
@@ -84,9 +85,11 @@ def _object_caption_table(results: Sequence[Result]) -> list[ResultTable]:
             cells = [found["scores"].get(name) for name in METRICS]
             counts = (str(found["kept"]), str(found["predictions"]))
             rows.append((f"{result.name}, @{threshold}", (*cells, *counts)))
+    if not rows:
+        return []
     note = "TOD3Cap's m@kIoU: IoU of sizes, scores times kept / all predictions."
     columns = (*METRICS, "kept", "of")
-    return [ResultTable("Captions of objects", columns, tuple(rows), note, digits=1)] * bool(rows)
+    return [ResultTable("Captions of objects", columns, tuple(rows), note, digits=1)]
 
 
 def _perception_tables(results: Sequence[Result]) -> list[ResultTable]:
@@ -110,17 +113,8 @@ def _perception_tables(results: Sequence[Result]) -> list[ResultTable]:
                 maps.append((result.name, tuple(c if c is None else 100 * c for c in cells)))
     tables = []
     if boxes:
-        columns: tuple[str, ...] = (
-            "mAP",
-            "NDS",
-            "mATE (m)",
-            "mASE",
-            "mAOE (rad)",
-            "mAVE (m/s)",
-            "mAAE",
-        )
         note = "nuscenes-devkit, detection_cvpr_2019."
-        tables.append(ResultTable("Detection", columns, tuple(boxes), note, digits=3))
+        tables.append(ResultTable("Detection", _BOXES, tuple(boxes), note, digits=3))
     if tracks:
         note = "nuscenes-devkit, tracking_nips_2019."
         columns = tuple(_TRACKS.values())
@@ -129,10 +123,6 @@ def _perception_tables(results: Sequence[Result]) -> list[ResultTable]:
         note = "on each model's own grid, instances of a class joined."
         tables.append(ResultTable("Map, IoU (%)", _MAP, tuple(maps), note, digits=1))
     return tables
-
-
-_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
-_MAP = ("divider", "ped_crossing", "boundary", "drivable", "mean")
 
 
 def _forecast_table(results: Sequence[Result]) -> list[ResultTable]:
@@ -146,6 +136,8 @@ def _forecast_table(results: Sequence[Result]) -> list[ResultTable]:
                 cells = (score["min_ade_m"], score["min_fde_m"], missed, str(score["agents"]))
                 label = name if name == result.name else f"{result.name}: {name}"
                 rows.append((f"{label}, {which}", cells))
+    if not rows:
+        return []
     columns = ("minADE (m)", "minFDE (m)", "missed (%)", "n")
     note = "one hypothesis, in each agent's own frame; missed: last point more than 2 m off."
-    return [ResultTable("Agent forecasts", columns, tuple(rows), note)] * bool(rows)
+    return [ResultTable("Agent forecasts", columns, tuple(rows), note)]

@@ -45,6 +45,11 @@ class ScoreRequest:
     beyond: bool = True  # with the open-loop approximations of closed-loop scores
     baselines: bool = False  # with planners that see nothing beside the plans
 
+    @property
+    def planner(self) -> str:
+        """Whose predictions these are: a name, or else the file's."""
+        return self.name or self.predictions.name
+
 
 @dataclass(frozen=True)
 class Found:
@@ -121,7 +126,7 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     samples: dict[str, dict[str, Any]] = {}
     said = [sentence for counts in of_files for sentence in counts.sentences()]
     numbers: dict[str, Any] = {
-        "name": request.name or submission.path.name,
+        "name": request.planner,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": data.config.version,
@@ -165,8 +170,8 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
         numbers["driving"] = driving
         for token, values in by_sample[plans.name].items():
             samples[token]["driving"] = values
-    title = request.name or submission.path.name
-    return Found(Report(title, tuple(tables), numbers), tuple(said), list(samples.values()))
+    report = Report(request.planner, tuple(tables), numbers)
+    return Found(report, tuple(said), list(samples.values()))
 
 
 def _blind(data: NuScenesDataModule, truth: PlanningTruth) -> tuple[list[PlanSet], list[str]]:

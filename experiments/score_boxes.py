@@ -49,16 +49,15 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
     results = {token: submission.results[token] for token in wanted if token in submission.results}
     for token, boxes in results.items():
         _check(boxes, token, submission)
-    name = request.name or submission.path.name
     with tempfile.TemporaryDirectory() as folder:
         if submission.kind == "detection":
             summary = evaluate_detections(nuscenes, split, results, Path(folder))
-            table = detection_table(summary, len(results), name)
+            table = detection_table(summary, len(results), request.planner)
         else:
             summary = evaluate_tracks(nuscenes, split, results, Path(folder))
-            table = tracking_table(summary, len(results), name)
+            table = tracking_table(summary, len(results), request.planner)
     numbers: dict[str, Any] = {
-        "name": request.name or submission.path.name,
+        "name": request.planner,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": version,
@@ -66,7 +65,7 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
         submission.kind: summary,
         "counts": counts,
     }
-    return Found(Report(name, (table,), numbers), tuple(said))
+    return Found(Report(request.planner, (table,), numbers), tuple(said))
 
 
 def _check(boxes: Any, token: str, submission: Submission) -> None:

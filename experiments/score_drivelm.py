@@ -137,9 +137,8 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         )
         if names
     ]
-    name = request.name or submission.path.name
     numbers = {
-        "name": request.name or submission.path.name,
+        "name": request.planner,
         "predictions": str(submission.path),
         "data": str(request.data),
         "references": str(path),
@@ -157,7 +156,8 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         for sample, questions in answered.items()
         for one in questions
     ]
-    return Found(Report(name, drivelm_tables(scores, name), numbers), tuple(said), samples)
+    tables = drivelm_tables(scores, request.planner)
+    return Found(Report(request.planner, tables, numbers), tuple(said), samples)
 
 
 def drivelm_tables(scores: DriveLMScores, name: str) -> tuple[ResultTable, ...]:

@@ -74,22 +74,23 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         said.append(
             f"{len(alone)} answers have an empty reference, and are not scored: {named(alone)}"
         )
-    planner = request.name or submission.path.name
-    tables, numbers = evaluate_language(records, submission.path.name, planner=planner, meteor=True)
+    tables, numbers = evaluate_language(
+        records, submission.path.name, planner=request.planner, meteor=True
+    )
     if not tables:
         raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
     if request.bert is not None:
         table, scores = _bert(request.bert, records)
         tables, numbers = (*tables, table), {**numbers, "bert_score": scores}
     found = {
-        "name": request.name or submission.path.name,
+        "name": request.planner,
         "predictions": str(submission.path),
         "data": str(request.data),
         "split": request.split,
         "language": numbers,
         "counts": counts,
     }
-    return Found(Report(planner, tables, found), tuple(said), records)
+    return Found(Report(request.planner, tables, found), tuple(said), records)
 
 
 def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Record]) -> Found:

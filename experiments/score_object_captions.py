@@ -69,7 +69,7 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
         digits=1,
     )
     numbers: dict[str, Any] = {
-        "name": request.name or submission.path.name,
+        "name": request.planner,
         "predictions": str(submission.path),
         "data": str(request.data),
         "version": data.config.version,
@@ -84,8 +84,7 @@ def score_captioned_objects(request: ScoreRequest, submission: Submission) -> Fo
         },
         "counts": counts,
     }
-    title = request.name or submission.path.name
-    return Found(Report(title, (table,), numbers), tuple(said))
+    return Found(Report(request.planner, (table,), numbers), tuple(said))
 
 
 def _annotated(

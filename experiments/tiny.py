@@ -56,7 +56,7 @@ HEAR_AND_SPEAK = FreezePlan(("projectors.*", "language.*"))
 
 
 def tiny() -> ExperimentConfig:
-    """All stages in ten minutes on two cores, on a town of 75 scenes."""
+    """All stages in a quarter of an hour on two slow cores, on a town of 75 scenes."""
     size = (160, 90)
     talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": 10, "eval_frames_stride": 8}
     return ExperimentConfig(
@@ -173,7 +173,7 @@ def smoke() -> ExperimentConfig:
 
 
 def small() -> ExperimentConfig:
-    """`tiny` for longer, with a larger language model, on a town of 200 scenes: under an hour."""
+    """`tiny` for longer, with a larger language model, on a town of 200 scenes."""
     base = tiny()
     steps = {
         "perception": 1500,

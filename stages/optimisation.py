@@ -197,10 +197,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -270,10 +267,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for part in self.parts:
             part.step()
         return loss
@@ -282,6 +276,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Continue from `state_dict`."""
         super().load_state_dict(state_dict)
         self._share(self.param_groups)
+
+
+def _loss_of(closure: Any) -> Any:
+    """What torch's optimisers do first: compute the loss and its gradients, if they are to."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def trained_counts(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:

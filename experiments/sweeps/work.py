@@ -22,6 +22,7 @@ from experiments.handoff import card_sha256, fingerprint_of, git_commit
 from experiments.pipeline import Pipeline
 from experiments.prepare import build_model, prepare_data
 from experiments.stage_run import StageRun, Workshop
+from experiments.strategies import check_sharing
 from experiments.sweeps.graph import FAILED, SCORE, SweepPlan, Task
 from experiments.tracking import Tracker
 from odvla.config import flat
@@ -152,6 +153,7 @@ def _train(
     memories: dict[str, TokenMemory],
 ) -> None:
     """Train one stage from the handoff of the task before it."""
+    check_sharing(task.point.config)
     shop = _workshop(plan, task, tracked, progress, memories)
     shop.tracker.start(flat(shop.config), tracked.tags(task))
     parent = plan.stage_folder(plan.task(task.after[0])) if task.after else None

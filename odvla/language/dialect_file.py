@@ -125,11 +125,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                mark = key.start_mark
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands there twice", problem_mark=mark
-                )
+            problem = ""
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a list or mapping is no name of an entry"
+            elif key.value in seen:
+                problem = f"{key.value!r} stands there twice"
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -297,11 +299,9 @@ def _line_fields(where: str, name: str, line: Any) -> frozenset[str]:
     # What is filled in is text already: there is nothing to format.
     for _, field, form, conversion in string.Formatter().parse(line):
         if form or conversion:
-            shown = (
-                f"{{{field}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
-            )
+            more = f"!{conversion}" if conversion else f":{form}"
             raise UserError(
-                f"dialect {where}: {name!r} must hold bare names in braces, not {shown}"
+                f"dialect {where}: {name!r} must hold bare names in braces, not {{{field}{more}}}"
             )
     return found
 

@@ -37,7 +37,7 @@ NODE_STEP = 8  # above so many nodes; below, powers of two
 # A run on trees: ids, slots and positions [3, G, T] and what each node sees [G, T, slots], on the
 # device -> hidden states [G, T, D].
 Run = Callable[[Tensor, Tensor], Tensor]
-# What is run once while it is recorded -> its result, and how to compute it again, in place.
+# A run -> where its result will be, and what computes it there: now, and again whenever called.
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 

@@ -166,15 +166,13 @@ def aggregate(samples: PlanningSamples, card: ProtocolCard) -> PlanningScores:
     l2_counted, hits_counted = counted_steps(samples.mask, card)
     if not hits_counted.any():
         raise ValueError(f"no sample counts under the policy {card.samples!r}")
-    hits = samples.hits.double()
-    if card.collision == "any_up_to_t":
-        hits = hits.cummax(dim=1).values
+    hits = judged_hits(samples, card)
     reference = card.samples == "reference"
     denominator = torch.full((hits.shape[1],), float(len(hits))) if reference else None
     l2_steps = _step_means(samples.l2_m, l2_counted, denominator)
     hit_steps = _step_means(hits, hits_counted, denominator)
-    l2 = over_time(l2_steps, card.l2)
-    collision = over_time(hit_steps, card.collision)
+    l2 = over_time(l2_steps, card.l2).tolist()
+    collision = over_time(hit_steps, card.collision).tolist()
     return PlanningScores(
         card=card,
         l2_m=(l2[0], l2[1], l2[2]),
@@ -197,12 +195,18 @@ def counted_steps(mask: Tensor, card: ProtocolCard) -> tuple[Tensor, Tensor]:
     return mask, mask
 
 
-def over_time(steps: Tensor, convention: str) -> tuple[float, ...]:
-    """Means [6] of the steps -> one number for each of 1, 2 and 3 s."""
+def judged_hits(samples: PlanningSamples, card: ProtocolCard) -> Tensor:
+    """1 where a plan collides at a step [S, 6], or has collided by then; 0 elsewhere."""
+    hits = samples.hits.double()
+    return hits.cummax(dim=1).values if card.collision == "any_up_to_t" else hits
+
+
+def over_time(steps: Tensor, convention: str) -> Tensor:
+    """Means of the steps [..., 6] -> a number for each of 1, 2 and 3 s [..., 3]."""
     ends = [STEPS_PER_SECOND * second for second in SECONDS]
     if convention == "mean_up_to_t":
-        return tuple(float(steps[:end].mean()) for end in ends)
-    return tuple(float(steps[end - 1]) for end in ends)
+        return torch.stack([steps[..., :end].mean(-1) for end in ends], dim=-1)
+    return steps[..., [end - 1 for end in ends]]
 
 
 def _step_means(values: Tensor, counted: Tensor, denominator: Tensor | None) -> Tensor:

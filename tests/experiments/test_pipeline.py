@@ -12,6 +12,8 @@ from rich.console import Console
 
 from experiments.pipeline import open_pipeline
 from experiments.predict import predict
+from experiments.report_tables import other_tables
+from experiments.result_files import read_results
 from experiments.stage_run import StageRun
 from experiments.tiny import smoke
 from experiments.tracking import EXPERIMENT
@@ -97,6 +99,12 @@ def test_a_run_leaves_cards_predictions_and_tables(config, runs):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == set(STAGES)
     assert "Agent forecasts" in (folder / "table.md").read_text()
+    beside = {table.title: table for table in other_tables(read_results([folder]))}
+    assert list(beside) == ["Detection", "Map, IoU (%)", "Agent forecasts"]
+    forecasts = results["interaction"]["forecasts"]["OpenDriveVLA"]
+    (name, cells), *_ = beside["Agent forecasts"].rows
+    assert name == "OpenDriveVLA, all"
+    assert cells[0] == forecasts["all"]["min_ade_m"]
     assert len(list((folder / "pictures").iterdir())) == 1
     assert not list(folder.rglob("*.ckpt"))
     assert not list(folder.rglob("*.partial*"))

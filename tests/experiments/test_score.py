@@ -1,15 +1,11 @@
-"""Anybody's predictions: formats, and everything that can be wrong with them."""
+"""Anybody's plans: formats, and everything that can be wrong with them."""
 
 import json
-import math
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from nuscenes import NuScenes
-from nuscenes.eval.detection.utils import category_to_detection_name
 
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.cli import main
@@ -17,9 +13,7 @@ from experiments.plan_submission import FRAMES, plan_set
 from experiments.planning_scores import PlanSet, score_planners
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.result_files import read_results
-from experiments.score import ScoreRequest, score
-from experiments.score_language import join
-from experiments.submissions import Submission, read_submission
+from experiments.submissions import read_submission
 from odvla.errors import UserError
 from odvla.language.waypoints import format_waypoints
 from odvla.metrics.collisions import Traffic
@@ -27,10 +21,6 @@ from odvla.metrics.protocol import PRESETS
 from odvla.types import EgoState, PlanTargets
 
 TOKENS = [f"{number:032x}" for number in range(12)]
-
-
-# What the tracking evaluation looks at.
-TRACKED = ("bicycle", "bus", "car", "motorcycle", "pedestrian", "trailer", "truck")
 
 
 class Bends:
@@ -261,209 +251,6 @@ def test_the_ground_truth_is_checked_before_anything_is_scored(truth, monkeypatc
     everywhere = Traffic(raster=torch.ones(12, 6, 200, 200, dtype=torch.bool))
     mask = truth.split.mask
     check.add("uniad", truth.split.tokens, truth.split.waypoints, mask, everywhere)
-
-
-def test_answers_are_joined_by_sample_and_question():
-    truth = {
-        ("a", "how many?"): {"answer": 2, "template_type": "count", "num_hop": 0},
-        ("a", "moving?"): {"answer": "yes", "template_type": "exist", "num_hop": 1},
-    }
-    said = [
-        {"sample_token": "a", "question": "how many?", "answer": "2"},
-        {"sample_token": "a", "question": "how many?", "answer": "3"},
-        {"sample_token": "b", "question": "how many?", "answer": "3"},
-    ]
-    records, counts = join(Submission(__file__, "language", records=said), truth, "qa")
-    assert [(r["text"], r["reference"]) for r in records] == [("2", "2")]
-    assert (counts["n_missing"], counts["extra"], counts["doubled"]) == (1, ["b"], ["a"])
-    with pytest.raises(UserError, match="not one of its 1 answers belongs"):
-        join(Submission(__file__, "language", records=said[2:]), truth, "qa")
-
-
-def test_what_was_asked_is_told_by_the_references_not_by_the_answers(town_root, tmp_path):
-    asked = json.loads(
-        (town_root / "language/nuscenes_qa/NuScenes_val_questions.json").read_text()
-    )["questions"]
-    said = [
-        {"sample_token": q["sample_token"], "question": q["question"], "answer": [str(q["answer"])]}
-        for q in asked
-    ]
-    path = tmp_path / "answers.json"
-    path.write_text(json.dumps(said))
-    found = score(ScoreRequest(path, town_root, name="mine"))
-    assert found.report.numbers["language"]["question_answering"]["accuracy"] == 100.0
-    assert found.report.tables[0].rows[0][0] == found.report.numbers["name"] == "mine"
-
-    # Sentences, and no answers at all, are still answers to NuScenes-QA's questions.
-    for record in said:
-        record["answer"] = ["As far as I can see, I would say yes."]
-    said[0]["answer"], said[1]["answer"] = None, []
-    del said[2]["answer"]
-    path.write_text(json.dumps(said))
-    found = score(ScoreRequest(path, town_root))
-    assert found.report.numbers["language"]["question_answering"]["accuracy"] == 0.0
-    assert found.report.numbers["counts"]["n_empty"] == 3
-    assert any(s.startswith("3 answers are empty, they count as wrong") for s in found.said)
-
-    # One word is a poor answer to nuCaption's questions, and an answer to them.
-    scenes = json.loads((town_root / "language/nucaption/val.json").read_text())
-    one_word = [{**record, "answer": "car"} for record in scenes]
-    path.write_text(json.dumps(one_word))
-    found = score(ScoreRequest(path, town_root)).report.numbers
-    assert found["language"]["captions"]["caption"]["captions"] == len(
-        {(record["sample_token"], record["question"]) for record in scenes}
-    )
-
-
-def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_root, tmp_path):
-    """The annotations described as they are score 100; half of them misdescribed, half."""
-    data = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build()
-    index = data.index
-    captions = json.loads((town_root / "language" / "final_caption_bbox_token.json").read_text())
-    boxes = {}
-    for token, record in captions.items():
-        row = index.annotation_rows[token]
-        frame = index.frames[int(index.annotations.frame[row])]
-        if index.scenes[frame.scene].split == "val":
-            size = index.annotations.size[row].tolist()
-            box = {"size": size, "caption": record["final_caption"]}
-            boxes.setdefault(frame.token, []).append(box)
-    one_a_frame = {token: found[:1] for token, found in boxes.items()}
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"meta": {}, "results": one_a_frame}))
-    found = score(ScoreRequest(path, town_root)).report.numbers
-    best = found["object_captions"]["0.5"]
-    assert best["kept"] == best["predictions"] == len(boxes)
-    assert best["scores"]["BLEU-4"] == pytest.approx(100, abs=1e-3)
-    assert found["counts"]["n_missing"] == 0
-
-    tokens = sorted(one_a_frame)
-    huge = [
-        {"sample_token": token, "size": [90.0, 90.0, 90.0], "caption": "a house"}
-        for token in tokens
-    ]
-    plain = [
-        {"sample_token": token, **box} for token, found in one_a_frame.items() for box in found
-    ]
-    path.write_text(json.dumps(plain + huge + [{**huge[0], "sample_token": "nowhere"}]))
-    found = score(ScoreRequest(path, town_root)).report.numbers
-    half = found["object_captions"]["0.5"]
-    assert half["kept"] == half["predictions"] / 2 == len(tokens)
-    assert half["scores"]["BLEU-4"] == pytest.approx(50, abs=1e-3)
-    assert found["counts"]["extra"] == ["nowhere"]
-
-    # A key-frame where nothing is annotated belongs to the split: its boxes count as not kept.
-    bare = tmp_path / "bare.json"
-    kept = {token: found for token, found in captions.items() if found["sample_token"] != tokens[0]}
-    bare.write_text(json.dumps(kept))
-    path.write_text(json.dumps(plain))
-    found = score(ScoreRequest(path, town_root, references=bare)).report.numbers
-    rest = found["object_captions"]["0.5"]
-    assert (rest["kept"], rest["predictions"]) == (len(tokens) - 1, len(tokens))
-    assert found["counts"]["n_extra"] == 0
-
-    # References that do not fit stop the score, or are left out and named.
-    odd = next(iter(captions))
-    broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps(captions | {odd: {**captions[odd], "final_caption": ""}}))
-    request = ScoreRequest(path, town_root, references=broken)
-    with pytest.raises(UserError, match=f"{odd}: field 'final_caption' .*--broken-captions"):
-        score(request)
-    said = score(replace(request, broken_captions=1)).said
-    assert any(f"{odd}: field 'final_caption'" in sentence for sentence in said)
-    with pytest.raises(UserError, match=r"--broken-captions must be 0 or more, not -1"):
-        score(replace(request, broken_captions=-1))
-
-    for size in ([1.0, 2.0], [1.0, 2.0, float("inf")], [1.0, 2.0, float("nan")]):
-        path.write_text(json.dumps([{**plain[0], "size": size}]))
-        with pytest.raises(UserError, match=r"box 0: size must be width, length and height"):
-            score(ScoreRequest(path, town_root))
-
-
-@pytest.fixture(scope="module")
-def annotated_boxes(town_root):
-    """The val annotations as a submission has them: token -> boxes in the global frame."""
-    nuscenes = NuScenes("v1.0-trainval", dataroot=str(town_root), verbose=False)
-    index = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build().index
-    found = {}
-    for scene in index.scenes:
-        for frame in index.frames[scene.first : scene.last] if scene.split == "val" else ():
-            found[frame.token] = boxes = []
-            for token in nuscenes.get("sample", frame.token)["anns"]:
-                box = nuscenes.get("sample_annotation", token)
-                name = category_to_detection_name(box["category_name"])
-                if name is None:
-                    continue
-                velocity = np.nan_to_num(nuscenes.box_velocity(token)[:2]).tolist()
-                attributes = [
-                    nuscenes.get("attribute", token)["name"] for token in box["attribute_tokens"]
-                ]
-                boxes.append(
-                    {
-                        "sample_token": frame.token,
-                        "translation": box["translation"],
-                        "size": box["size"],
-                        "rotation": box["rotation"],
-                        "velocity": velocity,
-                        "detection_name": name,
-                        "detection_score": 0.5,
-                        "attribute_name": next(iter(attributes), ""),
-                        "tracking_name": name,
-                        "tracking_score": 0.5,
-                        "tracking_id": box["instance_token"],
-                    }
-                )
-    return found
-
-
-def test_a_detection_submission_is_scored_by_the_devkit(annotated_boxes, town_root, tmp_path):
-    fields = ("tracking_name", "tracking_score", "tracking_id")
-    results = {
-        token: [{k: v for k, v in box.items() if k not in fields} for box in boxes]
-        for token, boxes in annotated_boxes.items()
-    }
-    first = next(iter(results))
-    path = tmp_path / "boxes.json"
-    path.write_text(json.dumps({"meta": {"use_camera": True}, "results": results | {"x": []}}))
-    found = score(ScoreRequest(path, town_root))
-    assert found.report.numbers["detection"]["mean_dist_aps"]["car"] > 0.99
-    assert found.report.numbers["counts"]["extra"] == ["x"]
-    assert "1 entries belong to no key-frame of the split: x" in found.said
-
-    path.write_text(json.dumps({"meta": {}, "results": {**results, first: [{"size": [1, 2]}]}}))
-    with pytest.raises(UserError, match=rf"sample {first}, box 0: field 'sample_token' is missing"):
-        score(ScoreRequest(path, town_root))
-    token, (box, *_) = next((t, boxes) for t, boxes in results.items() if boxes)
-    for change, message in (
-        ({"translation": [0.0, math.inf, 0.0]}, "translation must be 3 numbers"),
-        ({"size": [0.0, 1.0, 1.0]}, "size must be above 0"),
-        ({"rotation": [0.0, 0.0, 0.0, 0.0]}, "rotation is 0"),
-        ({"detection_score": "high"}, "detection_score must be a number, not 'high'"),
-        ({"detection_score": math.nan}, "detection_score must be a number, not nan"),
-    ):
-        path.write_text(json.dumps({"meta": {}, "results": {**results, token: [box | change]}}))
-        with pytest.raises(UserError, match=rf"sample {token}, box 0: {message}"):
-            score(ScoreRequest(path, town_root))
-    path.write_text(json.dumps({"meta": {}, "results": {"x": []}}))
-    with pytest.raises(UserError, match="none of its 1 samples is a key-frame of the val split"):
-        score(ScoreRequest(path, town_root))
-
-
-def test_a_tracking_submission_is_scored_by_the_devkit(annotated_boxes, town_root, tmp_path):
-    fields = ("detection_name", "detection_score", "attribute_name")
-    results = {
-        token: [
-            {k: v for k, v in box.items() if k not in fields}
-            for box in boxes
-            if box["tracking_name"] in TRACKED
-        ]
-        for token, boxes in annotated_boxes.items()
-    }
-    path = tmp_path / "tracks.json"
-    path.write_text(json.dumps({"meta": {"use_camera": True}, "results": results}))
-    found = score(ScoreRequest(path, town_root)).report.numbers["tracking"]
-    assert found["label_metrics"]["amota"]["car"] > 0.9
-    assert found["ids"] == 0
 
 
 def test_the_verb_scores_a_town(town_root, tmp_path, capsys):

@@ -218,6 +218,9 @@ def test_an_entry_of_a_dialect_file_that_stands_there_twice_is_named(tmp_path):
     path.write_text(text.replace("lines:\n", "lines:\n  scene: other\n"))
     with pytest.raises(UserError, match=r"twice\.yaml.* 'scene' stands there twice"):
         Dialect(str(path))
+    path.write_text(f"{text}\n? [a, list]\n: is no name\n")
+    with pytest.raises(UserError, match=r"twice\.yaml.* a list or mapping is no name"):
+        Dialect(str(path))
 
 
 def test_what_cannot_be_said_is_refused():
