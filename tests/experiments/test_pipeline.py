@@ -103,7 +103,7 @@ def test_a_run_leaves_cards_predictions_and_tables(config, runs):
     assert list(beside) == ["Detection", "Map, IoU (%)", "Agent forecasts"]
     forecasts = results["interaction"]["forecasts"]["OpenDriveVLA"]
     (name, cells), *_ = beside["Agent forecasts"].rows
-    assert name == "OpenDriveVLA, all"
+    assert name == "smoke: OpenDriveVLA, all"
     assert cells[0] == forecasts["all"]["min_ade_m"]
     assert len(list((folder / "pictures").iterdir())) == 1
     assert not list(folder.rglob("*.ckpt"))
