@@ -22,7 +22,7 @@ from datamodules.conversations import (
 from datamodules.records import FrameRecord, Index
 from datamodules.subset import chosen
 from odvla.language.prompts import Dialect
-from odvla.language.waypoints import format_future
+from odvla.language.waypoints import format_future, future_as_json
 from odvla.types import DETECTION_CLASSES, Conversation, EgoState
 
 
@@ -63,6 +63,7 @@ class AgentFutures(FrameRecords[int]):
                 "class": DETECTION_CLASSES[data.label[record]],
                 "annotation_token": token,
                 "decimals": str(decimals),
+                "driven": future_as_json(positions[0], mask[0]),
             },
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from odvla.encoders.protocol import fake_frames
 from odvla.language.action_bins import ActionBins
 from odvla.language.prompts import Dialect
 from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
-from odvla.language.waypoints import format_future, format_waypoints
+from odvla.language.waypoints import format_future, format_waypoints, future_as_json
 from odvla.types import (
     COMMANDS,
     DETECTION_CLASSES,
@@ -114,7 +115,10 @@ def fake_conversations(
                     kind=kind,
                     turns=dialect.turns(kind, answer, one, "What is ahead?"),
                     reference=answer,
-                    meta=form.as_meta(),
+                    meta={
+                        **form.as_meta(),
+                        "driven": future_as_json(waypoints, np.ones(len(waypoints))),
+                    },
                     object_box=tuple(object_boxes[row].tolist())
                     if has_object and object_boxes is not None
                     else None,

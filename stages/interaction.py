@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,17 +49,16 @@ class InteractionStage(TalkStage):
 
     def record(self, conversation: Conversation, text: str, batch: Batch, row: int) -> Record:
         """An answer with its positions, and those that were driven."""
-        decimals = int(conversation.meta["decimals"])
-        said = parse_future(text, decimals)
-        driven = parse_future(conversation.reference, decimals)
-        if isinstance(driven, ParseFailure):
-            raise ValueError(f"the future of {conversation.id} is malformed: {driven.reason}")
+        said = parse_future(text, int(conversation.meta["decimals"]))
+        driven = json.loads(conversation.meta["driven"])
+        record = super().record(conversation, text, batch, row)
         return {
-            **super().record(conversation, text, batch, row),
+            **record,
+            "meta": {key: value for key, value in record["meta"].items() if key != "driven"},
             "waypoints": None if isinstance(said, ParseFailure) else points(said),
             "failure": said.reason if isinstance(said, ParseFailure) else None,
-            "target": points(driven),
-            "mask": driven.known.tolist(),
+            "target": driven,  # not what the reference says: that is rounded
+            "mask": [x is not None for x, _ in driven],
         }
 
 

@@ -13,6 +13,7 @@ many texts by either policy and counts what could not be read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -259,6 +260,20 @@ def median_plan(texts: Sequence[str], form: PlanForm, last_step: ArrayLike) -> s
     if not read:
         return texts[0]
     return format_waypoints(np.median(read, axis=0), form, last_step)
+
+
+def future_as_json(positions: ArrayLike, known: ArrayLike) -> str:
+    """The future of an agent for metrics, to the millimetre: a text rounds it to its decimals.
+
+    Args:
+        positions: [6, 2] metres, in the agent's own frame.
+        known: [6] False where the position is not known, which becomes [null, null].
+    """
+    xy = np.asarray(positions, dtype=np.float64).round(3).tolist()
+    mask = np.asarray(known, dtype=bool)
+    return json.dumps(
+        [[*point] if told else [None, None] for point, told in zip(xy, mask, strict=True)]
+    )
 
 
 def parse_future(text: str, decimals: int = DECIMALS) -> Waypoints | ParseFailure:

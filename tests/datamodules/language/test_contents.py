@@ -20,7 +20,7 @@ from odvla.errors import UserError
 from odvla.language.action_bins import ActionBins
 from odvla.language.decisions import decision_of
 from odvla.language.prompts import Dialect, PlanDialect
-from odvla.language.waypoints import format_waypoints
+from odvla.language.waypoints import format_waypoints, parse_future
 
 # data set -> (config, conversations a key-frame)
 COUNTS = {
@@ -135,6 +135,14 @@ def test_agent_futures_are_told(root, build):
     assert f"[{points}]" in car.reference
     walker = next(c for c in conversations if c.meta["class"] == "pedestrian")
     assert walker.reference.count("UN,UN") == 3
+    known = [x is not None for x, _ in json.loads(walker.meta["driven"])]
+    assert known == parse_future(walker.reference).known.tolist()
+    # What metrics compare with is no text: a text of one decimal says 1.6 m.
+    rough = AgentTrajectoriesConfig(root=str(root)).build(None, Dialect("compact"))
+    told = next(rough.conversations("train"))
+    driven = [[0.0, round(0.5 * speed * k, 3)] for k in range(1, 7)]
+    assert np.abs(np.array(json.loads(told.meta["driven"])) - driven).max() < 1e-3
+    assert "(0.0,1.6)" in told.reference
     # Nothing is asked about agents that are not seen again.
     last = data.index.frames[8].token
     assert not [c for c in conversations if c.sample_token == last]
