@@ -41,9 +41,6 @@ SEE = OptimiserConfig(
     warmup=0.08,
     weight_decay=0.01,
     betas=(0.9, 0.98),
-    # 150 steps bring what 500 of AdamW did (docs/decisions.md).
-    muon=6.0,
-    muon_components=("backbone", "encoder", "queries"),
 )
 SPEAK = OptimiserConfig(
     lr=LearningRates(projectors=5e-4, language=5e-4),
@@ -106,7 +103,7 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=150, gradient_clip=5.0),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=500, gradient_clip=5.0),
             # The paper's stage 1 trains projectors alone, for a language model that can speak.
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
@@ -181,7 +178,7 @@ def small() -> ExperimentConfig:
     """`tiny` for longer, with a larger language model, on a town of 200 scenes."""
     base = tiny()
     steps = {
-        "perception": 450,
+        "perception": 1500,
         "alignment": 200,
         "instruction": 400,
         "interaction": 150,
