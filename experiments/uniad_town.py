@@ -29,12 +29,19 @@ from stages.perception import PerceptionStageConfig
 
 # From nothing the backbone needs the same rate as the rest; UniAD starts from trained weights.
 FROM_NOTHING = OptimiserConfig(
-    lr=LearningRates(backbone=4e-4, encoder=4e-4, queries=4e-4), warmup=0.05, weight_decay=0.01
+    lr=LearningRates(backbone=4e-4, encoder=4e-4, queries=4e-4),
+    warmup=0.05,
+    weight_decay=0.01,
+    muon=12.0,
+    muon_components=("backbone", "encoder", "queries"),
 )
 
 
 def uniad_town() -> ExperimentConfig:
-    """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town."""
+    """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town.
+
+    An hour and a half on one slow core; what comes of it stands in docs/stages.md.
+    """
     size = (160, 90)
     return ExperimentConfig(
         name="uniad_town",
@@ -79,7 +86,7 @@ def uniad_town() -> ExperimentConfig:
         stages=StagesConfig(
             perception=PerceptionStageConfig(
                 optimiser=FROM_NOTHING,
-                steps=3000,
+                steps=800,
                 losses=ClipLossConfig(past_trajectory=0.1, map=PanopticMapLossConfig()),
                 augmentation=AugmentationConfig(),
             ),
