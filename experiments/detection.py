@@ -62,6 +62,16 @@ def global_detections(
     return detections
 
 
+# A box a thousand kilometres away, see `write_submission`.
+FAR: dict[str, Any] = {
+    "translation": [1e6, 1e6, 0.0],
+    "size": [1.0, 1.0, 1.0],
+    "rotation": [1.0, 0.0, 0.0, 0.0],
+    "velocity": [0.0, 0.0],
+}
+FAR_DETECTION = {"detection_name": "car", "detection_score": 0.0, "attribute_name": ""}
+
+
 def evaluate_detections(
     nuscenes: Any,  # nuscenes.nuscenes.NuScenes
     split: str,
@@ -84,7 +94,7 @@ def evaluate_detections(
     from nuscenes.eval.detection.evaluate import DetectionEval
 
     every = samples_of_split(nuscenes, split)
-    path = write_submission(folder / "results_nusc.json", every, results)
+    path = write_submission(folder / "results_nusc.json", every, results, FAR_DETECTION)
     try:
         evaluation = DetectionEval(
             nuscenes,
@@ -106,18 +116,25 @@ def evaluate_detections(
 
 
 def write_submission(
-    path: Path, every: Sequence[str], results: Mapping[str, list[dict[str, Any]]]
+    path: Path,
+    every: Sequence[str],
+    results: Mapping[str, list[dict[str, Any]]],
+    far: Mapping[str, Any],
 ) -> Path:
     """Write boxes as the devkit reads them.
 
-    The devkit wants the whole split (`every`): key-frames without an entry get no boxes.
+    The devkit wants the whole split (`every`): key-frames without an entry get no boxes. It also
+    wants a box to tell detections from tracks by: where there is none at all it gets `far`, which
+    is out of every class's range and so dropped by the devkit itself.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
     content = {
         "meta": {"use_camera": True, **meta},
-        "results": {t: [] for t in every} | dict(results),
+        "results": {token: [] for token in every} | dict(results),
     }
+    if not any(results.values()):
+        content["results"][every[0]] = [{"sample_token": every[0], **FAR, **far}]
     path.write_text(json.dumps(content))
     return path
 

@@ -12,6 +12,7 @@ from odvla.errors import UserError
 
 # Barriers, cones and construction vehicles are not tracked.
 TRACKED = ("bicycle", "bus", "car", "motorcycle", "pedestrian", "trailer", "truck")
+FAR_TRACK = {"tracking_name": "car", "tracking_score": 0.0, "tracking_id": "far"}
 SCORES = ("amota", "amotp", "ids", "recall", "mota", "motp", "frag")
 
 
@@ -64,7 +65,7 @@ def evaluate_tracks(
     from nuscenes.eval.tracking.evaluate import TrackingEval
 
     every = samples_of_split(nuscenes, split)
-    path = write_submission(folder / "tracks_nusc.json", every, results)
+    path = write_submission(folder / "tracks_nusc.json", every, results, FAR_TRACK)
     try:
         evaluation = TrackingEval(
             config=config_factory("tracking_nips_2019"),

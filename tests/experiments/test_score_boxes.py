@@ -9,9 +9,11 @@ from nuscenes import NuScenes
 from nuscenes.eval.detection.utils import category_to_detection_name
 
 from datamodules.nuscenes import NuScenesDataConfig
+from experiments.detection import evaluate_detections
 from experiments.report_tables import other_tables
 from experiments.result_files import read_results
 from experiments.score import ScoreRequest, score
+from experiments.tracking_scores import evaluate_tracks
 from odvla.errors import UserError
 
 # What the tracking evaluation looks at.
@@ -108,3 +110,43 @@ def test_a_tracking_submission_is_scored_by_the_devkit(annotated_boxes, town_roo
     assert table.title == "Tracking"
     cells = tuple(found[name] for name in ("amota", "amotp", "ids", "recall"))
     assert table.rows == (("mine", cells),)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "fields", "names"),
+    [
+        (
+            evaluate_detections,
+            {"detection_name": "car", "detection_score": 0.1, "attribute_name": ""},
+            ("mean_ap", "nd_score"),
+        ),
+        (
+            evaluate_tracks,
+            {"tracking_name": "car", "tracking_score": 0.1, "tracking_id": "1"},
+            ("amota", "amotp", "recall", "mota"),
+        ),
+    ],
+)
+def test_who_finds_nothing_scores_as_one_who_finds_nothing_right(
+    evaluate, fields, names, annotated_boxes, town_root, tmp_path
+):
+    nuscenes = NuScenes("v1.0-trainval", dataroot=str(town_root), verbose=False)
+    token, (box, *_) = next((t, boxes) for t, boxes in annotated_boxes.items() if boxes)
+    # In range of the car, and in a field where nothing stands.
+    x, y, z = box["translation"]
+    place = next(
+        [x + away, y + away, z]
+        for away in range(40)
+        if all(
+            math.dist((x + away, y + away), b["translation"][:2]) > 6
+            for b in annotated_boxes[token]
+        )
+    )
+    where = {key: box[key] for key in ("sample_token", "size", "rotation", "velocity")}
+    nothing = {t: [] for t in annotated_boxes}
+    wrong = evaluate(
+        nuscenes, "val", nothing | {token: [{**where, "translation": place, **fields}]}, tmp_path
+    )
+    none = evaluate(nuscenes, "val", nothing, tmp_path)
+    assert [none[name] for name in names] == [wrong[name] for name in names]
+    assert none[names[0]] == 0.0
