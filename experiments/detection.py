@@ -129,12 +129,11 @@ def write_submission(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = dict.fromkeys(("use_lidar", "use_radar", "use_map", "use_external"), False)
-    content = {
-        "meta": {"use_camera": True, **meta},
-        "results": {token: [] for token in every} | dict(results),
-    }
-    if not any(results.values()):
-        content["results"][every[0]] = [{"sample_token": every[0], **FAR, **far}]
+    boxes: dict[str, list[dict[str, Any]]] = {token: [] for token in every}
+    boxes |= results
+    if not any(boxes.values()):
+        boxes[every[0]] = [{"sample_token": every[0], **FAR, **far}]
+    content = {"meta": {"use_camera": True, **meta}, "results": boxes}
     path.write_text(json.dumps(content))
     return path
 
