@@ -101,6 +101,7 @@ def fake_conversations(
         form = replace(form, bins=ActionBins.of(plan.waypoints, FAKE_BINS))
     for row, waypoints in enumerate(plan.waypoints):
         one = EgoState(**{name: value[row : row + 1] for name, value in vars(ego).items()})
+        driven = future_as_json(waypoints, np.ones(len(waypoints)))
         for kind in kinds:
             answers = {
                 "plan": format_waypoints(waypoints, form, one.last_step[0]),
@@ -115,10 +116,7 @@ def fake_conversations(
                     kind=kind,
                     turns=dialect.turns(kind, answer, one, "What is ahead?"),
                     reference=answer,
-                    meta={
-                        **form.as_meta(),
-                        "driven": future_as_json(waypoints, np.ones(len(waypoints))),
-                    },
+                    meta=form.as_meta() | ({"driven": driven} if kind == "agent" else {}),
                     object_box=tuple(object_boxes[row].tolist())
                     if has_object and object_boxes is not None
                     else None,

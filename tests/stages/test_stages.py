@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from callbacks.freeze import FreezeByName
 from callbacks.predictions import WritePredictions
 from odvla.errors import UserError
 from odvla.fake_batch import fake_batch
+from odvla.language.waypoints import parse_future
 from stages.alignment import AlignmentStageConfig
 from stages.base import StageConfig, WeightedMeans
 from stages.instruction import InstructionStageConfig
@@ -102,6 +104,11 @@ def test_a_stage_predicts_every_sample_once(name, make_vla, make_data, make_trai
     else:  # the grammar makes every text readable, however little was learned
         assert all(len(r["waypoints"]) == 6 and r["failure"] is None for r in records)
         assert len(first["mask"]) == len(first["target" if name == "interaction" else "reference"])
+    if name == "interaction":  # where it went, not what the text makes of it
+        decimals = int(first["meta"]["decimals"])
+        off = np.abs(np.array(first["target"]) - parse_future(first["reference"], decimals).xy)
+        assert 0 < off.max() <= 0.5 * 10**-decimals + 1e-3
+        assert "driven" not in first["meta"]
 
 
 def test_evaluation_carries_the_state_and_forgets_it_at_a_scene_start(make_vla, make_data):
