@@ -64,6 +64,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     from experiments.sweeps.definition import base_of
     from experiments.sweeps.graph import write_manifest
     from experiments.sweeps.schedule import run_tasks
+    from experiments.sweeps.shared_stages import take_over
     from experiments.sweeps.validation import validate
     from experiments.sweeps.view import SweepView
     from experiments.sweeps.work import close_sweep_run
@@ -78,6 +79,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     validate(plan)
     base = base_of(plan.sweep, plan.overrides)
     write_manifest(plan, base)
+    for task, folder in take_over(plan, runs_of(options)).items():
+        console.print(f"kept     {task:<26} of {folder}", soft_wrap=True)
     if options.launcher == "slurm":
         return _submit(plan, options, console)
     engine = _engine(plan, options)

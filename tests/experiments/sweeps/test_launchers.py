@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.handoff import CARD
+from experiments.handoff import CARD, card_sha256
 from experiments.sweeps import work
 from experiments.sweeps.graph import FAILED, plan_sweep
 from experiments.sweeps.launchers.slurm import write_script
+from experiments.sweeps.shared_stages import take_over
 from experiments.sweeps.work import STATUS, run_task
 from odvla.errors import UserError
 
@@ -116,6 +117,43 @@ def test_points_that_differ_in_language_alone_share_perception(declared, town_ro
         card = json.loads((folder_of_point / "planning" / CARD).read_text())
         assert card["parent_stage"] == "perception"
         assert (folder_of_point / "results.json").is_file()
+
+
+def test_what_another_sweep_has_trained_is_taken_over(declared, town_root, capsys):
+    assert sweep("planning_steps", town_root) == 0
+    assert sweep("tongues", town_root) == 0
+    # Both have the point of two steps of planning; the one of another language is tongues' own.
+    kept = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept ")]
+    assert [line.split()[1].split("-")[0] for line in kept] == ["perception", "planning"]
+    one, other = (declared / "runs" / name for name in ("planning_steps", "tongues"))
+    for line in kept:
+        task, stage = line.split()[1], line.split()[1].split("-")[0]
+        mine, theirs = (runs / "stages" / task / stage for runs in (other, one))
+        assert (mine / "vla.safetensors").samefile(theirs / "vla.safetensors")
+        assert card_sha256(mine) == card_sha256(theirs)
+        assert not (mine / CARD).samefile(theirs / CARD)
+    assert len(list(other.glob("points/*/results.json"))) == 2
+
+
+def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, town_root):
+    from experiments.find import find_sweep
+
+    assert sweep("planning_steps", town_root) == 0
+    name, runs = "my_sweeps:tongues", Path("runs")
+    plan = plan_sweep(find_sweep(name), name, runs, data_root=str(town_root))
+    perception, planning = plan.stage_tasks(plan.points[0])
+    theirs = runs / "planning_steps" / "stages" / perception.id / "perception"
+    weights = (theirs / "vla.safetensors").read_bytes()
+
+    (theirs / "vla.safetensors").write_bytes(weights[:-1])
+    assert take_over(plan, runs) == {}  # and planning not without what it was trained from
+
+    (theirs / "vla.safetensors").write_bytes(weights)
+    run_task(plan, runs, perception)  # trained here: the same weights, on another occasion
+    card = plan.stage_folder(perception) / CARD
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"seconds": -1.0}))
+    assert take_over(plan, runs) == {}
+    assert not plan.is_done(planning)
 
 
 def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys):
