@@ -215,7 +215,7 @@ def open_pipeline(
             tokenizer = kept_tokenizer(config, folder / TOKENIZER, fingerprint, write=main)
     vla = build_model(config, tokenizer)
     tracker = Tracker(folder, runs, config.name, active=main)
-    shop = Workshop(config, folder, fingerprint, tokenizer, vla, tracker, progress and main)
+    shop = Workshop(config, folder, runs, fingerprint, tokenizer, vla, tracker, progress and main)
     return Pipeline(shop, stages, parent, lock)
 
 

@@ -40,6 +40,7 @@ SPEED_SETTINGS = (
     "val_every",
     "feature_cache",
     "length_groups",
+    "drafting",
     # With any budget that lets a stage run, the same records are left out.
     "broken_captions",
     "broken_records",
@@ -261,6 +262,13 @@ class ExperimentConfig:
             raise UserError(
                 f"model.ego_token has no place: dialect {self.dialect.name!r} without "
                 f"{self.dialect.without} has no <EGO> in its plans; set model.ego_token=false"
+            )
+        if self.model.language.attention == "flash_attention_2" and (
+            self.trainer.precision == "32-true"
+        ):
+            raise UserError(
+                "model.language.attention=flash_attention_2 computes in bf16 or fp16, not in fp32: "
+                "set trainer.precision=bf16-mixed, or model.language.attention=sdpa"
             )
         if not self.run:
             raise UserError(f"run is empty: choose some of {', '.join(STAGES)}")

@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
 STARTED = "started.json"
 CONFIG = "config.yaml"  # in the experiment's folder
-FEATURES = "feature_cache"  # folder of the caches, beside the experiments' folders
+FEATURES = "feature_cache"  # folder of the caches, in that of all runs
 _T = TypeVar("_T")
 
 
@@ -73,6 +73,7 @@ class Workshop:
 
     config: ExperimentConfig
     folder: Path  # of the experiment
+    runs: Path  # of all experiments
     fingerprint: str  # of the data
     tokenizer: ChatTokenizer
     vla: DrivingVLA
@@ -254,7 +255,7 @@ class StageRun:
     def cache_settings(self) -> CacheSettings:
         """Of the stage's feature cache; experiments that share a folder share caches."""
         return CacheSettings(
-            root=self.shop.folder.parent / FEATURES,
+            root=self.shop.runs / FEATURES,
             stage=self.stage,
             past="scene" if getattr(self.settings, "remember_tokens", False) else "clip",
             fingerprint=self.shop.fingerprint,

@@ -197,6 +197,7 @@ def _workshop(
     return Workshop(
         config,
         folder,
+        tracked.runs,
         fingerprint_of(config),
         tokenizer,
         build_model(config, tokenizer),

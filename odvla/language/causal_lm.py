@@ -298,10 +298,15 @@ class CausalLM(nn.Module):
         return F.cross_entropy(logits.float(), labels), logits, labels
 
     def states(self, spliced: Spliced) -> Tensor:
-        """Last hidden states [G, S, D] of a right-padded batch; anything where it is padded."""
+        """Last hidden states [G, S, D] of a right-padded batch; anything where it is padded.
+
+        Raises:
+            UserError: flash-attention in fp32.
+        """
         # Padding stands right of everything that counts, so causality alone keeps it out: without a
         # mask the fast attention kernels apply.
         body, embeds = self.model.base_model, spliced.embeds
+        self._check_precision(embeds)
         if self.length_groups == 1:  # lengths are not asked for: a GPU need not be waited for
             return body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         lengths, order = spliced.attention_mask.sum(1).sort()
@@ -315,6 +320,18 @@ class CausalLM(nn.Module):
             states = body(inputs_embeds=embeds[group, :most], use_cache=False).last_hidden_state
             groups.append(F.pad(states, (0, 0, 0, embeds.shape[1] - most)))
         return torch.cat(groups)[order.argsort()]
+
+    def _check_precision(self, embeds: Tensor) -> None:
+        """Say it before the kernel does, which knows no setting's name."""
+        if (
+            self.model.config._attn_implementation == "flash_attention_2"
+            and embeds.dtype == torch.float32
+            and not torch.is_autocast_enabled(embeds.device.type)
+        ):
+            raise UserError(
+                "language.attention flash_attention_2 computes in bf16 or fp16, and this is fp32: "
+                "set trainer.precision=bf16-mixed in training, language.attention=sdpa otherwise"
+            )
 
 
 def _embedding_tables(model: Any) -> list[nn.Parameter]:

@@ -36,6 +36,9 @@ from odvla.language.waypoints import (
 from odvla.types import WAYPOINTS
 
 MAX_INTEGER_DIGITS = 2  # of what a grammar allows
+# Plans of nuScenes take 13.6 runs at 16 tokens and 11.8 at 48. On a GPU a run costs the same; on a
+# CPU, where arithmetic soon costs more than reading weights, half as much (docs/decisions.md).
+TOKENS_PER_RUN = {"cpu": 16, "gpu": 48}
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class Drafting:
         guess: "motion" guesses that the car turns and drives on as it did, "none" guesses nothing:
             the model is run once a token, but for tokens that the grammar leaves no choice about.
         tokens_per_run: most tokens that the model reads in one go, of all rows together; each row
-            gets its part. About as many as cost no more than one, because the weights must be read
-            from memory anyway: dozens on a CPU, hundreds on a GPU.
+            gets its part. About as many as cost little more than one, because the weights must be
+            read from memory anyway. 0: TOKENS_PER_RUN of the kind of machine.
         branches: spread out at the first decimal of a number.
     """
 
     guess: Literal["motion", "none"] = "motion"
-    tokens_per_run: int = 48
+    tokens_per_run: int = 0
     branches: bool = True
 
     def __post_init__(self) -> None:
@@ -63,10 +66,15 @@ class Drafting:
         """
         if self.guess not in ("motion", "none"):
             raise UserError(f"drafting.guess must be motion or none, not {self.guess!r}")
-        if self.tokens_per_run < 1:
+        if self.tokens_per_run < 0:
             raise UserError(
-                f"drafting.tokens_per_run must be at least 1, not {self.tokens_per_run}"
+                f"drafting.tokens_per_run must be at least 1, or 0 for a number that suits the "
+                f"machine, not {self.tokens_per_run}"
             )
+
+    def width(self, device: str) -> int:
+        """Tokens a run on a device of this type."""
+        return self.tokens_per_run or TOKENS_PER_RUN["cpu" if device == "cpu" else "gpu"]
 
 
 @dataclass(frozen=True)

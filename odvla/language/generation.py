@@ -188,7 +188,8 @@ class _Decoder:
         start = FREE if self.grammar is None else self.grammar.start
         self.rows = [_Row([end_id], [start], max_new_tokens, end_id) for _ in self.lengths]
         # The last row that runs has all the nodes, and writes them behind its last token at worst.
-        nodes = max(LEAST_NODES, drafting.tokens_per_run if drafts else 1, max_new_tokens)
+        self.width = drafting.width(self.device.type) if drafts else 1
+        nodes = max(LEAST_NODES, self.width, max_new_tokens)
         capacity = self.embeds.shape[1] + max_new_tokens + nodes + ROUND
         self.layers = language.model.config.num_hidden_layers
         self.cache = RowCache(self.layers, capacity)
@@ -366,7 +367,7 @@ class _Decoder:
         if not self.drafts:
             return 1
         running = sum(not row.done for row in self.rows)
-        return max(LEAST_NODES, self.drafting.tokens_per_run // max(1, running))
+        return max(LEAST_NODES, self.width // max(1, running))
 
     def _states(
         self,

@@ -67,6 +67,7 @@ def test_the_papers_experiments_train_what_its_table_8_counts(tokenizer):
         ("stages.planning.steps=-1", "steps or epochs"),
         ("trainer.devices=0", "trainer.devices"),
         ("trainer.precision=16", "32-true, bf16-mixed"),
+        ("model.language.attention=flash_attention_2", "trainer.precision=bf16-mixed"),
         ("dialect.name=odvla", "ego_token has no place"),
         ("dialect.without=[ego]", "ego_token has no place"),
         ("stages.planning.samples=0", "at least 1 sample"),

@@ -14,6 +14,7 @@ import pytest
 
 from experiments.cli import main
 from experiments.handoff import CARD, card_sha256
+from experiments.stage_run import FEATURES
 from experiments.sweeps import work
 from experiments.sweeps.graph import FAILED, plan_sweep
 from experiments.sweeps.launchers.slurm import write_script
@@ -43,7 +44,7 @@ def base():
         stages=replace(
             stages,
             perception=replace(stages.perception, steps=2, checkpoint_every=1),
-            planning=replace(stages.planning, steps=2, checkpoint_every=1),
+            planning=replace(stages.planning, steps=2, checkpoint_every=1, feature_cache=True),
         ),
     )
 
@@ -133,6 +134,8 @@ def test_what_another_sweep_has_trained_is_taken_over(declared, town_root, capsy
         assert card_sha256(mine) == card_sha256(theirs)
         assert not (mine / CARD).samefile(theirs / CARD)
     assert len(list(other.glob("points/*/results.json"))) == 2
+    assert len(list((declared / "runs" / FEATURES).iterdir())) == 1  # of both, too
+    assert not list(declared.glob(f"runs/*/**/{FEATURES}"))
 
 
 def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, town_root):

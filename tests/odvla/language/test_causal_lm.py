@@ -18,10 +18,12 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from transformers import modeling_flash_attention_utils as flash
 
 from odvla.errors import UserError
 from odvla.freezing import FreezePlan
 from odvla.language.causal_lm import CausalLM, LanguageConfig, LoraConfig, qwen2_5
+from odvla.language.generation import generate
 from odvla.language.splice import Spliced
 from odvla.types import IGNORE_INDEX
 
@@ -247,6 +249,90 @@ def test_flash_attention_that_cannot_run_is_refused():
         pytest.skip("it can run here")
     with pytest.raises(UserError, match="needs a GPU and the package flash-attn"):
         LanguageConfig(**SMALL, attention="flash_attention_2").build(40)
+
+
+@pytest.fixture
+def flash_kernel(monkeypatch):
+    """flash-attention's place in transformers, taken by a kernel that any CPU can run.
+
+    It refuses what the real one refuses, and shows that what we call it with is what it takes; that
+    the real one computes the same is its own tests' affair.
+    """
+    calls = []
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, **kwargs):
+        if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        calls.append((tuple(q.shape), causal))
+        found = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),  # [B, S, H, E] in and out
+            is_causal=causal,
+            scale=softmax_scale,
+            enable_gqa=True,
+        )
+        return found.transpose(1, 2)
+
+    def flash_attn_varlen_func(q, k, v, *, softmax_scale=None, causal=False, **kwargs):
+        raise AssertionError("batches are to be run whole: nothing asks for packed sequences")
+
+    monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
+    monkeypatch.setattr(flash, "_flash_fn", flash_attn_func, raising=False)
+    monkeypatch.setattr(flash, "_flash_varlen_fn", flash_attn_varlen_func, raising=False)
+    for name in ("_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
+        monkeypatch.setattr(flash, name, None, raising=False)
+    for name in ("_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
+        process = flash._lazy_define_process_function(flash_attn_func)
+        monkeypatch.setattr(flash, name, process, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_flash_attention_gets_what_it_takes_and_gives_the_same_loss(
+    flash_kernel, groups, checkpointing
+):
+    torch.manual_seed(0)
+    language = LanguageConfig(
+        **SMALL, length_groups=groups, gradient_checkpointing=checkpointing
+    ).build(40)
+    language.train()
+    ids, lengths = torch.randint(40, (4, 12)), [12, 3, 4, 9]
+    labels = torch.where(torch.arange(12) < torch.tensor(lengths)[:, None], ids, IGNORE_INDEX)
+    found = []
+    for attention in ("sdpa", "flash_attention_2"):
+        language.model.config._attn_implementation = attention
+        language.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = language(spliced(language, ids, lengths, labels))[0]
+        loss.backward()
+        found.append((loss, language.model.model.layers[0].self_attn.k_proj.weight.grad.clone()))
+    assert all(causal for _, causal in flash_kernel)
+    rows = {shape[:2] for shape, _ in flash_kernel}
+    assert rows == ({(4, 12)} if groups == 1 else {(2, 4), (2, 12)})
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=1e-3)  # bfloat16
+
+
+def test_flash_attention_in_fp32_is_refused(flash_kernel):
+    language = LanguageConfig(**SMALL).build(40)
+    language.model.config._attn_implementation = "flash_attention_2"
+    ids = torch.randint(40, (2, 6))
+    with pytest.raises(UserError, match=r"set trainer\.precision=bf16-mixed"):
+        language(spliced(language, ids, [6, 4], ids))
+
+
+def test_with_flash_attention_plans_are_written_as_without(flash_kernel):
+    """Decoding has an attention of its own."""
+    torch.manual_seed(0)
+    language = LanguageConfig(**SMALL).build(40)
+    ids = torch.randint(40, (2, 6))
+    written = []
+    for attention in ("sdpa", "flash_attention_2"):
+        language.model.config._attn_implementation = attention
+        prompts = spliced(language, ids, [6, 6], ids)
+        written.append(generate(language, prompts, 1, max_new_tokens=8))
+        assert language.model.config._attn_implementation == attention
+    assert written[0] == written[1]
+    assert not flash_kernel
 
 
 def test_rows_of_ids_that_were_never_trained_start_as_the_mean(tmp_path):

@@ -129,7 +129,7 @@ def test_a_guess_that_is_not_allowed_is_cut():
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"guess": "magic"}, "motion or none"), ({"tokens_per_run": 0}, "at least 1")],
+    [({"guess": "magic"}, "motion or none"), ({"tokens_per_run": -1}, "at least 1")],
 )
 def test_settings_that_mean_nothing_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
