@@ -114,11 +114,9 @@ class Point:
     labels: tuple[str, ...]  # one an axis
     seed: int
     config: ExperimentConfig
-
-    @property
-    def id(self) -> str:
-        """Hash of the resolved config: the same experiment has the same id, whatever its name."""
-        return config_hash(without(to_tree(self.config), _NOT_IDENTITY))[:ID_LENGTH]
+    # Hash of the config as declared: the same experiment has the same id, whatever its name and
+    # wherever its data lies on the machine that asks.
+    id: str
 
     @property
     def title(self) -> str:
@@ -148,7 +146,8 @@ def points_of(sweep: Sweep, base: ExperimentConfig) -> tuple[Point, ...]:
     for labels in itertools.product(*(axis.values for axis in sweep.axes)):
         for seed in sweep.seeds:
             config = replace(_changed(sweep, base, labels), seed=seed)
-            point = Point(labels, seed, replace(config, name=f"{sweep.name}-{seed}"))
+            name = config_hash(without(to_tree(config), _NOT_IDENTITY))[:ID_LENGTH]
+            point = Point(labels, seed, replace(config, name=f"{sweep.name}-{seed}"), name)
             if point.id in found:
                 raise UserError(
                     f"sweep {sweep.name!r}: {found[point.id].title!r} and {point.title!r} are the "

@@ -113,16 +113,16 @@ def plan_sweep(
         reference: name that `find_sweep` finds it by.
         runs: folder of all runs.
         overrides: of the base.
-        data_root: instead of the base's.
+        data_root: instead of the base's; points have the same ids wherever it is.
         progress: show a bar where data must be made.
 
     Raises:
         UserError: a point does not fit, or the folder holds another sweep of this name.
     """
     base = base_of(sweep, overrides)
-    if data_root:
-        base = replace(base, data=replace(base.data, root=data_root))
     points = points_of(sweep, base)
+    if data_root:
+        points = tuple(_moved(point, base.data.root, data_root) for point in points)
     folder = runs / sweep.name
     _check_unchanged(folder, sweep, base)
     prepared = [
@@ -134,12 +134,20 @@ def plan_sweep(
     for given, point in zip(points, prepared, strict=True):
         fingerprint = fingerprints[point.config.data]
         vocabulary = _vocabulary(point, shared_run(prepared), folder, fingerprint)
-        # Points stay as given: they are the same wherever their data lies.
+        # Of the point as given: what `prepare_data` settles is of this machine.
         vocabularies[given.id] = vocabulary
         _add_tasks(tasks, given, point, vocabulary.name, fingerprint)
     return SweepPlan(
         sweep, reference, tuple(overrides), folder, points, tuple(tasks.values()), vocabularies
     )
+
+
+def _moved(point: Point, declared: str, root: str) -> Point:
+    """A point whose data lies elsewhere than declared; one with a root of its own keeps it."""
+    data = point.config.data
+    if data.root != declared:
+        return point
+    return replace(point, config=replace(point.config, data=replace(data, root=root)))
 
 
 def _add_tasks(

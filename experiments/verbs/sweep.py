@@ -61,6 +61,7 @@ def add(verbs: Verbs) -> None:
 
 def run_sweep(options: argparse.Namespace) -> int:
     """Settle the plan, then do its tasks."""
+    from experiments.handoff import read_card
     from experiments.sweeps.definition import base_of
     from experiments.sweeps.graph import write_manifest
     from experiments.sweeps.schedule import run_tasks
@@ -80,7 +81,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     base = base_of(plan.sweep, plan.overrides)
     write_manifest(plan, base)
     for task, folder in take_over(plan, runs_of(options)).items():
-        console.print(f"kept     {task:<26} of {folder}", soft_wrap=True)
+        made_by = read_card(folder).git_commit
+        console.print(f"kept     {task:<26} of {folder} (commit {made_by[:9]})", soft_wrap=True)
     if options.launcher == "slurm":
         return _submit(plan, options, console)
     engine = _engine(plan, options)

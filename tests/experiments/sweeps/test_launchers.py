@@ -159,6 +159,21 @@ def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, town
     assert not plan.is_done(planning)
 
 
+def test_points_are_the_same_wherever_their_data_lies(declared, town_root, tmp_path):
+    from experiments.find import find_sweep
+    from experiments.sweeps.definition import Axis
+
+    (tmp_path / "there").symlink_to(town_root)
+    roots = Axis("root", {"usual": (), "own": (f"data.root={town_root}",)})
+    both = replace(find_sweep("my_sweeps:planning_steps"), axes=(roots,))
+    plans = [
+        plan_sweep(both, "x", Path("runs"), data_root=root) for root in ("there", str(town_root))
+    ]
+    assert plans[0].tasks[-1].id == plans[1].tasks[-1].id
+    assert [point.id for point in plans[0].points] == [point.id for point in plans[1].points]
+    assert [point.config.data.root for point in plans[0].points] == ["there", str(town_root)]
+
+
 def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys):
     assert sweep("planning_steps", town_root, "--dry-run") == 0
     (declared / "runs" / "planning_steps").mkdir(parents=True, exist_ok=True)
@@ -176,8 +191,11 @@ def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys)
     assert "data.eval_scenes was 0 and is now 1" in said
 
 
-def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, capsys):
-    assert sweep("breaks", town_root, "--launcher", "processes", "--workers", "2") == 1
+def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, capsys, monkeypatch):
+    # Workers are told where the data lies; points must not be others for that.
+    monkeypatch.setenv("ODVLA_DATA", str(town_root))
+    where = ["--runs", "runs", "--launcher", "processes", "--workers", "2"]
+    assert main(["sweep", "my_sweeps:breaks", *where]) == 1
     folder = declared / "runs" / "breaks"
     broken = list(folder.glob(f"stages/*/{FAILED}"))
     assert len(broken) == 1
