@@ -25,7 +25,7 @@ from callbacks.shared_work import SharedWork
 from odvla.config import config_hash, to_tree
 from odvla.errors import UserError
 from odvla.outputs import Perception
-from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
+from odvla.token_memory import TokenMemory, check_frozen_vision, vision_sha256
 from odvla.token_shards import FeatureKey, TokenShards
 from odvla.types import Batch, TokenSet
 from odvla.vla import DrivingVLA
@@ -72,11 +72,8 @@ class CacheSettings:
                 broken images would have to be left out.
         """
         switch = f"stages.{self.stage}.feature_cache"
-        if not vision_is_frozen(vla):
-            raise UserError(
-                f"{switch} needs frozen encoder and queries, but its freeze plan trains some of "
-                "them"
-            )
+        trained = (name for name, p in vla.named_parameters() if p.requires_grad)
+        check_frozen_vision(trained, switch)
         if getattr(stage_config, "augmentation", None) is not None:
             raise UserError(
                 f"{switch} needs images that stay as they are, but stages.{self.stage}.augmentation"

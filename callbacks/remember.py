@@ -11,9 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import track
 
-from odvla.errors import UserError
 from odvla.outputs import Perception
-from odvla.token_memory import TokenMemory, vision_is_frozen, vision_sha256
+from odvla.token_memory import TokenMemory, check_frozen_vision, vision_sha256
 from odvla.types import Batch
 from odvla.vla import DrivingVLA
 
@@ -65,12 +64,9 @@ class RememberTokens(Callback):
         Raises:
             UserError: a parameter of the vision half trains.
         """
-        if not vision_is_frozen(pl_module.vla):
-            raise UserError(
-                f"stages.{self.stage}.remember_tokens needs frozen encoder and queries, but its "
-                "freeze plan trains some of them"
-            )
         vla = pl_module.vla
+        trained = (name for name, p in vla.named_parameters() if p.requires_grad)
+        check_frozen_vision(trained, f"stages.{self.stage}.remember_tokens")
         if self.whole is not None:
             vla = self.whole.eval().to(pl_module.device)
         key = vision_sha256(vla)

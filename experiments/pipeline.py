@@ -31,7 +31,13 @@ from experiments.handoff import (
     git_commit,
     read_card,
 )
-from experiments.prepare import build_model, data_module, kept_tokenizer, prepare_data
+from experiments.prepare import (
+    build_model,
+    check_kept_tokens,
+    data_module,
+    kept_tokenizer,
+    prepare_data,
+)
 from experiments.processes import first_process_first, join_processes
 from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
@@ -62,6 +68,7 @@ class Pipeline:
             UserError: data, config or a handoff is not usable; the sentence names it.
         """
         shop = self.shop
+        check_kept_tokens(shop.config, shop.vla)
         if is_first_process():
             shop.write_config()
         self._track()

@@ -19,6 +19,7 @@ from odvla.config import to_tree
 from odvla.errors import UserError
 from odvla.language.model_folder import model_folder
 from odvla.language.tokenizer import ChatTokenizer, train_tokenizer
+from odvla.token_memory import check_frozen_vision
 from odvla.vla import DrivingVLA
 from odvla.weights import write_atomically
 
@@ -191,3 +192,17 @@ def build_model(config: ExperimentConfig, tokenizer: ChatTokenizer) -> DrivingVL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return model.build(tokenizer)
+
+
+def check_kept_tokens(config: ExperimentConfig, vla: DrivingVLA) -> None:
+    """Refuse stages that keep tokens and train what makes them, before the first one begins.
+
+    Raises:
+        UserError: naming the stage and its setting.
+    """
+    for stage in config.run:
+        settings = config.stages.of(stage)
+        for switch in ("remember_tokens", "feature_cache"):
+            if getattr(settings, switch, False):
+                trained = settings.freeze.trainable(vla)
+                check_frozen_vision(trained, f"stages.{stage}.{switch}")

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from odvla.errors import UserError
 from odvla.outputs import Perception
 from odvla.rows import join_rows, rows_of
 from odvla.types import AgentPredictions, TokenSet
@@ -88,13 +89,21 @@ def _slim(tokens: TokenSet) -> TokenSet:
     return replace(tokens, predictions=last)
 
 
-def vision_is_frozen(vla: DrivingVLA) -> bool:
-    """Whether no parameter of encoder and queries trains."""
-    return not any(
-        parameter.requires_grad
-        for name, parameter in vla.named_parameters()
-        if name.startswith(VISION)
-    )
+def check_frozen_vision(trained: Iterable[str], switch: str) -> None:
+    """Tokens may be kept only while nothing that makes them learns.
+
+    Args:
+        trained: names of the parameters that train.
+        switch: the setting that keeps tokens.
+
+    Raises:
+        UserError: one of encoder or queries is among them.
+    """
+    if any(name.startswith(VISION) for name in trained):
+        raise UserError(
+            f"{switch} needs frozen encoder and queries, but the stage's freeze plan trains some "
+            "of them"
+        )
 
 
 def vision_sha256(vla: DrivingVLA) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.handoff import CARD, fingerprint_of
 from experiments.prepare import kept_tokenizer, prepare_data
-from experiments.schema import ExperimentConfig
+from experiments.schema import SPEED_SETTINGS, ExperimentConfig
 from experiments.sweeps.definition import ID_LENGTH, Point, Sweep, base_of, points_of, shared_run
 from odvla.config import config_hash, flat, to_tree
 from odvla.errors import UserError
@@ -188,6 +188,8 @@ def _vocabulary(point: Point, run: tuple[str, ...], folder: Path, fingerprint: s
 def _check_unchanged(folder: Path, sweep: Sweep, base: ExperimentConfig) -> None:
     """A folder belongs to one base: results of two would stand in one table.
 
+    Settings that change no result may be others than before.
+
     Raises:
         UserError: naming a setting that differs.
     """
@@ -196,7 +198,11 @@ def _check_unchanged(folder: Path, sweep: Sweep, base: ExperimentConfig) -> None
         return
     before = read_manifest(path)["base"]
     now = _leaves(base)
-    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    differ = sorted(
+        key
+        for key in {*before, *now}
+        if before.get(key) != now.get(key) and not set(key.split(".")) & set(SPEED_SETTINGS)
+    )
     if differ:
         key = differ[0]
         raise UserError(

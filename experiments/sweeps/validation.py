@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.prepare import data_module, prepare_data
+from experiments.prepare import check_kept_tokens, data_module, prepare_data
 from experiments.sweeps.graph import SweepPlan
 from odvla.config import config_hash
 from odvla.errors import UserError
@@ -30,6 +30,7 @@ def validate(plan: SweepPlan) -> None:
             tokenizer = ChatTokenizer.load(plan.vocabularies[point.id])
             with torch.device("meta"):
                 vla = config.model.build(tokenizer)
+            check_kept_tokens(config, vla)
             for stage in config.run:
                 settings = config.stages.of(stage)
                 settings.freeze.trainable(vla)

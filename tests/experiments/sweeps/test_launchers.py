@@ -189,6 +189,22 @@ def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys)
     assert sweep("planning_steps", town_root, "--set", "data.eval_scenes=1") == 2
     said = capsys.readouterr().err
     assert "data.eval_scenes was 0 and is now 1" in said
+    # How a result is computed may change.
+    assert sweep("planning_steps", town_root, "--set", "data.num_workers=1", "--dry-run") == 0
+
+
+def test_a_stage_that_cannot_keep_its_tokens_is_named_before_anything_runs(
+    declared, town_root, capsys
+):
+    sees = "stages.planning.freeze.train=[queries.*,projectors.*,language.*]"
+    assert sweep("planning_steps", town_root, "--set", sees) == 2
+    said = capsys.readouterr().err
+    assert "point '2, seed 0': stages.planning.remember_tokens needs frozen encoder" in said
+    assert not list(declared.glob("runs/*/stages"))
+    alone = ["fit", "my_sweeps:base", sees, "--data", str(town_root), "--runs", "runs"]
+    assert main(alone) == 2
+    assert "stages.planning.remember_tokens needs frozen" in capsys.readouterr().err
+    assert not list(declared.glob(f"runs/**/{CARD}"))
 
 
 def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, capsys, monkeypatch):
