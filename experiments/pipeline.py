@@ -68,7 +68,7 @@ class Pipeline:
             UserError: data, config or a handoff is not usable; the sentence names it.
         """
         shop = self.shop
-        check_kept_tokens(shop.config, shop.vla)
+        check_kept_tokens(shop.config, self.stages, shop.vla)
         if is_first_process():
             shop.write_config()
         self._track()

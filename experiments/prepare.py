@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,13 +194,18 @@ def build_model(config: ExperimentConfig, tokenizer: ChatTokenizer) -> DrivingVL
         return model.build(tokenizer)
 
 
-def check_kept_tokens(config: ExperimentConfig, vla: DrivingVLA) -> None:
+def check_kept_tokens(config: ExperimentConfig, stages: Sequence[str], vla: DrivingVLA) -> None:
     """Refuse stages that keep tokens and train what makes them, before the first one begins.
+
+    Args:
+        config: the experiment.
+        stages: those of it that are to run.
+        vla: its model, with or without memory.
 
     Raises:
         UserError: naming the stage and its setting.
     """
-    for stage in config.run:
+    for stage in stages:
         settings = config.stages.of(stage)
         for switch in ("remember_tokens", "feature_cache"):
             if getattr(settings, switch, False):

@@ -30,7 +30,7 @@ def validate(plan: SweepPlan) -> None:
             tokenizer = ChatTokenizer.load(plan.vocabularies[point.id])
             with torch.device("meta"):
                 vla = config.model.build(tokenizer)
-            check_kept_tokens(config, vla)
+            check_kept_tokens(config, config.run, vla)
             for stage in config.run:
                 settings = config.stages.of(stage)
                 settings.freeze.trainable(vla)
