@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,14 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="change the base, e.g. --set stages.planning.steps=10",
     )
+    parser.add_argument(
+        "--seed",
+        dest="seeds",
+        action="append",
+        type=int,
+        metavar="N",
+        help="instead of the seeds declared; once for each",
+    )
     parser.add_argument("--data", metavar="ROOT", help="data root (default: $ODVLA_DATA, or data)")
     add_places(parser)
 
@@ -131,6 +140,8 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
     from experiments.sweeps.graph import plan_sweep
 
     sweep = find_sweep(options.sweep)
+    if options.seeds:
+        sweep = replace(sweep, seeds=tuple(options.seeds))
     return plan_sweep(sweep, options.sweep, runs_of(options), options.overrides, options.data)
 
 
@@ -154,6 +165,8 @@ def _arguments(options: argparse.Namespace) -> tuple[str, ...]:
     data = options.data or os.environ.get("ODVLA_DATA")
     if data:
         given += ["--data", str(Path(data).expanduser().resolve())]
+    for seed in options.seeds or ():
+        given += ["--seed", str(seed)]
     for override in options.overrides:
         given += ["--set", override]
     return tuple(given)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig
 
-from odvla.encoders.image_backbone import PIXEL_MEAN, PIXEL_STD
+from odvla.encoders.image_backbone import PIXEL_MEAN, PIXEL_STD, padded
 
 Architecture = Literal["resnet", "convnext", "swin", "dinov2"]
 # Sizes for tests and small experiments, where no folder is given.
@@ -148,10 +147,7 @@ class HuggingFaceBackbone(nn.Module):
             One map [I, C_s, h_s, w_s] for each chosen stage, of the padded image.
         """
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
-        height, width = images.shape[-2:]
-        more_rows, more_columns = -height % self.multiple, -width % self.multiple
-        pixels = F.pad(pixels, (0, more_columns, 0, more_rows))
-        return tuple(self.model(pixels).feature_maps)
+        return tuple(self.model(padded(pixels, self.multiple)).feature_maps)
 
 
 def _cut_off(model: nn.Module, last: int) -> None:

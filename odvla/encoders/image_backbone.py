@@ -21,6 +21,12 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 GROUP_SIZE = 8  # channels a GroupNorm group
 
 
+def padded(pixels: Tensor, multiple: int) -> Tensor:
+    """Images [..., h, w] with zeros at the bottom and right, to multiples of so many pixels."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple))
+
+
 @dataclass(frozen=True)
 class ImageBackboneConfig:
     """A stem at stride 2 and one stage for each of the strides 4, 8, 16, ..."""

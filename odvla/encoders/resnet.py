@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from odvla.encoders.image_backbone import padded
 from odvla.ops.deformable_conv import ModulatedDeformConv
 
 # Caffe's ImageNet mean (BGR, 0..255).
@@ -180,8 +181,7 @@ class ResNet(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 RGB [I, 3, h, w] to what `encode` takes: BGR less the mean, zeros as padding."""
         pixels = images.flip(1).float() - self.pixel_mean
-        height, width = padded_size(*images.shape[-2:])
-        return F.pad(pixels, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+        return padded(pixels, MULTIPLE)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Encode what `normalise` made: [I, 3, h, w] with h and w multiples of 32."""

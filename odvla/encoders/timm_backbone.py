@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odvla.encoders.image_backbone import padded
 from odvla.errors import UserError
 
 
@@ -96,9 +96,7 @@ class TimmBackbone(nn.Module):
             One map [I, C_s, h_s, w_s] for each output, of the padded image.
         """
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
-        height, width = images.shape[-2:]
-        more_rows, more_columns = -height % self.multiple, -width % self.multiple
-        maps = self.model(F.pad(pixels, (0, more_columns, 0, more_rows)))
+        maps = self.model(padded(pixels, self.multiple))
         if str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC"):  # Swin's
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return tuple(maps)

@@ -1,8 +1,9 @@
 """Images as patches of a vision transformer, and no bird's-eye view.
 
-So do EMMA, DriveVLM and OpenVLA feed a language model: a pretrained ViT (DINOv2, SigLIP, from a
-local folder) makes a map of patch embeddings of each camera, and the scene sampler pools them to
-tokens. There are no agents and no map elements, and so neither object captions nor forecasts.
+So do EMMA, DriveVLM and OpenVLA feed a language model: a pretrained ViT from this machine (DINOv2
+of Hugging Face; SigLIP, too, of timm) makes a map of patch embeddings of each camera, and the scene
+sampler pools them to tokens. There are no agents and no map elements, and so neither object
+captions nor forecasts.
 
 Shape legend: B rows, N cameras, C channels, h x w patches.
 """

@@ -36,8 +36,9 @@ from odvla.language.waypoints import (
 from odvla.types import WAYPOINTS
 
 MAX_INTEGER_DIGITS = 2  # of what a grammar allows
-# Plans of nuScenes take 13.6 runs at 16 tokens and 11.8 at 48. On a GPU a run costs the same; on a
-# CPU, where arithmetic soon costs more than reading weights, half as much (docs/decisions.md).
+# Plans of nuScenes take 13.6 runs at 16 tokens and 11.8 at 48. On a GPU wider runs cost little
+# more; on a CPU, where arithmetic soon outweighs reading weights, one of 48 costs twice as much as
+# one of 16 (docs/decisions.md).
 TOKENS_PER_RUN = {"cpu": 16, "gpu": 48}
 
 

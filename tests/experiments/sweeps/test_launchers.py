@@ -211,7 +211,9 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(declared, town_root, ca
     # Workers are told where the data lies; points must not be others for that.
     monkeypatch.setenv("ODVLA_DATA", str(town_root))
     where = ["--runs", "runs", "--launcher", "processes", "--workers", "2"]
-    assert main(["sweep", "my_sweeps:breaks", *where]) == 1
+    assert main(["sweep", "my_sweeps:breaks", "--seed", "5", *where]) == 1
+    manifest = json.loads((declared / "runs" / "breaks" / "sweep.json").read_text())
+    assert [point["seed"] for point in manifest["points"]] == [5, 5]
     folder = declared / "runs" / "breaks"
     broken = list(folder.glob(f"stages/*/{FAILED}"))
     assert len(broken) == 1
