@@ -109,6 +109,7 @@ def opendrivevla_0_5b() -> ExperimentConfig:
             precision="bf16-mixed",
             gradient_checkpointing=True,
         ),
+        log_model=False,  # gigabytes, which lie in the runs folder anyway
     )
 
 

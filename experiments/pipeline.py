@@ -31,6 +31,7 @@ from experiments.handoff import (
     git_commit,
     read_card,
 )
+from experiments.planning_evaluation import MODEL
 from experiments.prepare import (
     build_model,
     check_kept_tokens,
@@ -172,6 +173,12 @@ class Pipeline:
         for name, numbers in report.numbers.items():
             shop.tracker.log_numbers(name, numbers)
         shop.tracker.log_numbers("", report.numbers)
+        last = stages[-1]
+        # Before alignment there is nothing that answers from what it sees.
+        if shop.config.log_model and not stage and last not in ("language", "perception"):
+            model = shop.tracker.log_model(last, shop.folder / last, made_from[last])
+            plans = report.numbers.get("planning", {}).get("planning", {}).get(MODEL, {})
+            shop.tracker.log_numbers("", plans, model)
         written = (folder / "table.md", folder / "results.json", shop.folder / CONFIG)
         shop.tracker.log_files("", *written, *pictures)
         shop.tracker.close("")

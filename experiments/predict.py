@@ -81,6 +81,54 @@ class Cost:
         )
 
 
+class Predictor:
+    """A finished stage's weights, ready to be asked about key-frames of a data root.
+
+    Args:
+        config: the experiment; its data root may be another than it was trained on.
+        folder: of the finished stage.
+
+    Raises:
+        UserError: nothing is trained there, or the handoff is damaged.
+    """
+
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+        card = read_card(folder)
+        check_files(folder, card)
+        check_dialect(folder, card, config)
+        tokenizer = ChatTokenizer.load(folder / TOKENIZER)
+        data = data_module(config, "planning", tokenizer)
+        assert isinstance(data, LanguageDataModule)
+        self.data = data
+        self._vla = build_model(config, tokenizer)
+        load_weights(self._vla, folder / WEIGHTS, card.parts)
+        self._vla.eval()
+        self._settings = config.stages.planning or PlanningStageConfig()
+
+    def say(self, sample_token: str, question: str | None = None) -> Said:
+        """Plan, or answer, at one sample.
+
+        Args:
+            sample_token: of any key-frame of the root.
+            question: None: a plan is wanted.
+
+        Raises:
+            UserError: there is no such sample, or plans are not to be had of the data.
+        """
+        clip_length = min(self.data.index.frame(sample_token).position, MAX_CLIP) + 1
+        conversation = (
+            self.data.plan_request(sample_token)
+            if question is None
+            else self.data.question(sample_token, question)
+        )
+        batch = self.data.frame(sample_token, (conversation,), clip_length=clip_length)
+        with torch.inference_mode():
+            if question is None:
+                return _plan(self._settings.build(self._vla), batch)
+            found = self._vla.generate(batch, max_new_tokens=self._settings.max_new_tokens)
+            return Said(found.texts[0][0], None, found.perception, Cost.of(found))
+
+
 def predict(
     config: ExperimentConfig,
     run: Path,
@@ -88,7 +136,7 @@ def predict(
     question: str | None = None,
     picture: Path | None = None,
 ) -> Prediction:
-    """Plan, or answer, at one sample of the data root.
+    """Plan, or answer, at one sample of the data root, and draw it.
 
     Args:
         config: the experiment; its data root may be another than it was trained on.
@@ -101,29 +149,8 @@ def predict(
         UserError: nothing is trained yet, the handoff is damaged, or there is no such sample.
     """
     stage, folder = _last_stage(config, run)
-    card = read_card(folder)
-    check_files(folder, card)
-    check_dialect(folder, card, config)
-    tokenizer = ChatTokenizer.load(folder / TOKENIZER)
-    data = data_module(config, "planning", tokenizer)
-    assert isinstance(data, LanguageDataModule)
-    clip_length = min(data.index.frame(sample_token).position, MAX_CLIP) + 1
-    conversation = (
-        data.plan_request(sample_token)
-        if question is None
-        else data.question(sample_token, question)
-    )
-    batch = data.frame(sample_token, (conversation,), clip_length=clip_length)
-    vla = build_model(config, tokenizer)
-    load_weights(vla, folder / WEIGHTS, card.parts)
-    vla.eval()
-    settings = config.stages.planning or PlanningStageConfig()
-    with torch.inference_mode():
-        if question is not None:
-            found = vla.generate(batch, max_new_tokens=settings.max_new_tokens)
-            said = Said(found.texts[0][0], None, found.perception, Cost.of(found))
-        else:
-            said = _plan(settings.build(vla), batch)
+    predictor = Predictor(config, folder)
+    said = predictor.say(sample_token, question)
     boxes = None
     if said.perception is not None and said.perception.agent_steps:
         agents = said.perception.agent_steps[-1]
@@ -133,8 +160,8 @@ def predict(
         boxes = agents.boxes[0][used].tolist()
     path = picture or run / "pictures" / f"{sample_token}.png"
     drawn = scene_picture(
-        full_size_frame(data, sample_token),
-        data.config.grid.extent_m,
+        full_size_frame(predictor.data, sample_token),
+        predictor.data.config.grid.extent_m,
         plan=said.waypoints,
         boxes=boxes,
         title=f"{sample_token}  {question or ''}",

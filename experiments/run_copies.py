@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
-from experiments.tracking_store import EXPERIMENT, MEANT_FOR, answers, shown
+from experiments.tracking_store import CONTINUES, EXPERIMENT, MEANT_FOR, answers, shown
 from odvla.errors import UserError
 
 PUSHED, SOURCE, WHOLE = "odvla.pushed", "odvla.pushed_from", "odvla.pushed_whole"
@@ -193,11 +195,45 @@ def _copy(run: Run, source: MlflowClient, sink: MlflowClient, experiment: str, p
         ]
         for start in range(0, len(history), METRICS_AT_ONCE):
             sink.log_batch(made, metrics=history[start : start + METRICS_AT_ONCE])
+    for logged in run.outputs.model_outputs if run.outputs else ():
+        _copy_model(logged.model_id, made, source, sink, experiment)
     if source.list_artifacts(own):
         with tempfile.TemporaryDirectory() as folder:
             source.download_artifacts(own, "", folder)
             sink.log_artifacts(made, str(Path(folder)))
+    _end_continued(run, sink)
     if run.info.status != "RUNNING":
         sink.set_terminated(made, run.info.status, run.info.end_time)
     sink.set_tag(made, WHOLE, "yes")
     return made
+
+
+def _copy_model(
+    model_id: str, made: str, source: MlflowClient, sink: MlflowClient, experiment: str
+) -> None:
+    """Copy a logged model, whose file names its own id, to a run's copy."""
+    logged = source.get_logged_model(model_id)
+    copy = sink.create_logged_model(experiment, logged.name, made, logged.tags, logged.params)
+    with tempfile.TemporaryDirectory() as folder:
+        download_artifacts(
+            artifact_uri=logged.artifact_location, dst_path=folder, tracking_uri=source.tracking_uri
+        )
+        (file,) = Path(folder).rglob("MLmodel")
+        model = Model.load(file)
+        model.model_id, model.run_id = copy.model_id, made
+        model.save(file)
+        sink.log_model_artifacts(copy.model_id, str(file.parent))
+    sink.finalize_logged_model(copy.model_id, logged.status)
+    sink.log_outputs(made, [LoggedModelOutput(copy.model_id, 0)])
+
+
+def _end_continued(run: Run, sink: MlflowClient) -> None:
+    """End the server's run that went on in a local one when the server had gone."""
+    began = run.data.tags.get(CONTINUES)
+    if began is None:
+        return
+    try:
+        if sink.get_run(began).info.status == "RUNNING":
+            sink.set_terminated(began, "KILLED")
+    except MlflowException:
+        return  # another server, or the run was deleted

@@ -41,6 +41,7 @@ SPEED_SETTINGS = (
     "feature_cache",
     "length_groups",
     "drafting",
+    "log_model",
     # With any budget that lets a stage run, the same records are left out.
     "broken_captions",
     "broken_records",
@@ -248,6 +249,8 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     baseline: EgoMLPConfig = field(default_factory=EgoMLPConfig)
     pictures: int = 4  # of val samples, drawn at the end
+    # Put the last stage into MLflow as a model with a signature: a second copy of its weights.
+    log_model: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

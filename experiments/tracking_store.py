@@ -10,6 +10,7 @@ from pathlib import Path
 
 EXPERIMENT = "odvla"  # name of the MLflow experiment that holds all runs
 MEANT_FOR = "odvla.meant_for"  # tag: the server that did not answer when a run began
+CONTINUES = "odvla.continues"  # tag: the server's run that went on here when the server had gone
 PATIENCE_S = 4.0
 
 

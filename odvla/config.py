@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import json
 import types
 import typing
@@ -90,6 +91,44 @@ def to_tree(config: Any) -> Any:
     if config is None or isinstance(config, bool | int | float | str):
         return config
     raise TypeError(f"a configuration cannot hold {type(config).__name__} {config!r}")
+
+
+def from_tree(tree: Any, key: str = "the configuration") -> Any:
+    """The configuration that `to_tree` made a tree of, e.g. a card's; the classes are imported.
+
+    Args:
+        tree: settings that it lacks, as of an older version, have their defaults.
+        key: where it stands, for messages.
+
+    Raises:
+        UserError: naming a class that does not exist, a setting that its class does not know, or
+            one that has no default and is missing.
+    """
+    if isinstance(tree, list):
+        return tuple(from_tree(item, f"{key}.{i}") for i, item in enumerate(tree))
+    if not isinstance(tree, dict):
+        return tree
+    if CLASS_KEY not in tree:
+        return {name: from_tree(value, f"{key}.{name}") for name, value in tree.items()}
+    kind = _class_called(tree[CLASS_KEY], key)
+    hints = _hints(kind)
+    made = {setting.name for setting in dataclasses.fields(kind)} - set(hints)
+    values = {}
+    for name, value in tree.items():
+        if name == CLASS_KEY or name in made:
+            continue
+        if name not in hints:
+            raise UserError(_unknown(f"{key}.{name}", name, hints))
+        inner = from_tree(value, f"{key}.{name}")
+        if not _has_groups(inner):
+            fitted = _fit(inner, hints[name], f"{key}.{name}")
+            # Paths are texts in a tree; but 1 stays 1 where 1.0 is meant: hashes tell them apart.
+            inner = inner if fitted == inner else fitted
+        values[name] = inner
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:  # a setting is missing, or the config's own check
+        raise UserError(f"{key}: {error}") from error
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -257,6 +296,27 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _allows_none(hint: Any) -> bool:
     return hint is Any or type(None) in typing.get_args(hint)
+
+
+def _has_groups(value: Any) -> bool:
+    """Whether a value is a group of settings, or holds some."""
+    if isinstance(value, tuple):
+        return any(_has_groups(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_groups(item) for item in value.values())
+    return dataclasses.is_dataclass(value)
+
+
+def _class_called(name: Any, key: str) -> Any:
+    """A dataclass by the name that a tree has for it."""
+    module, _, own = str(name).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), own)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key} is of class {name}, which cannot be imported: {error}") from error
+    if not dataclasses.is_dataclass(kind):
+        raise UserError(f"{key} is of class {name}, which holds no settings")
+    return kind
 
 
 def _check_class(node: Any, name: Any, key: str) -> None:

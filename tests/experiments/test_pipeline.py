@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import mlflow
+import pandas
 import pytest
 from mlflow.tracking import MlflowClient
 from rich.console import Console
@@ -19,6 +21,7 @@ from experiments.tiny import smoke
 from experiments.tracking import EXPERIMENT
 from experiments.tracking_store import store_uri
 from odvla.errors import UserError
+from odvla.weights import file_sha256
 
 STAGES = ("perception", "interaction")
 
@@ -109,6 +112,43 @@ def test_a_run_leaves_cards_predictions_and_tables(config, runs):
     assert not list(folder.rglob("*.ckpt"))
     assert not list(folder.rglob("*.partial*"))
     assert (runs / "mlflow.db").is_file()
+
+
+def test_the_last_stage_is_a_model_of_mlflow(config, runs, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # loading puts the model's code there
+    client = MlflowClient(tracking_uri=store_uri(runs))
+    (experiment,) = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
+    (logged,) = client.search_logged_models([experiment.experiment_id])
+    run = client.get_run(logged.source_run_id)
+    assert run.info.run_name == "smoke"
+    assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
+    assert (logged.name, logged.status) == ("interaction", "READY")
+    assert logged.tags["card"] == file_sha256(runs / "smoke" / "interaction" / "card.json")
+
+    model = mlflow.pyfunc.load_model(logged.artifact_location)
+    assert model.metadata.signature.inputs.required_input_names() == ["sample_token"]
+    records = (runs / "smoke" / "perception" / "predictions.jsonl").read_text().splitlines()
+    tokens = [json.loads(records[index])["sample_token"] for index in (3, -1)]
+    plans = model.predict(pandas.DataFrame({"sample_token": tokens}))
+    answer = model.predict(
+        pandas.DataFrame({"sample_token": tokens[:1], "question": ["What is ahead?"]})
+    )
+    picture = runs / "p.png"
+    for token, waypoints in zip(tokens, plans["waypoints"], strict=True):
+        said = predict(config, runs / "smoke", token, picture=picture)
+        assert waypoints == said.waypoints
+    said = predict(config, runs / "smoke", tokens[0], "What is ahead?", picture)
+    assert answer["text"].tolist() == [said.text]
+    assert answer["waypoints"].tolist() == [None]
+    with pytest.raises(UserError, match="'nothing' is not in"):
+        model.predict(pandas.DataFrame({"sample_token": ["nothing"]}))
+    with pytest.raises(UserError, match="the data root elsewhere does not exist"):
+        mlflow.pyfunc.load_model(logged.artifact_location, model_config={"data_root": "elsewhere"})
+    # Evaluated again with the same weights, it is the same model.
+    pipeline = open_pipeline(config, runs, progress=False)
+    (runs / "smoke" / "evaluated.json").unlink()
+    pipeline.report(Console(quiet=True))
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1
 
 
 def test_a_finished_run_is_not_run_again(config, runs, monkeypatch):

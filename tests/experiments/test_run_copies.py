@@ -4,14 +4,18 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from experiments import logged_model
 from experiments.cli import main
 from experiments.run_copies import SOURCE, all_runs, push
 from experiments.tracking import Tracker
-from experiments.tracking_store import MEANT_FOR, answers, local_store, shown
+from experiments.tracking_store import CONTINUES, MEANT_FOR, answers, local_store, shown
 from experiments.verbs.runs import ui_command
 from odvla.errors import UserError
 
@@ -106,12 +110,11 @@ def test_the_pages_are_started_on_the_store():
         ui_command("sqlite:///x.db", 0)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    place = tmp_path_factory.mktemp("server")
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+@contextmanager
+def serving(place, uri):
+    """An MLflow server on this machine, with what it keeps in a folder."""
+    port = uri.rpartition(":")[2]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port]
     command += ["--backend-store-uri", f"sqlite:///{place / 'server.db'}", "--workers", "1"]
     command += ["--artifacts-destination", str(place / "artifacts")]
     with (place / "log").open("w") as log:
@@ -122,10 +125,17 @@ def server(tmp_path_factory):
                 assert process.poll() is None, (place / "log").read_text()
                 assert time.monotonic() < until, (place / "log").read_text()
                 time.sleep(0.3)
-            yield uri
+            yield
         finally:
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    uri = f"http://127.0.0.1:{free_port()}"
+    with serving(tmp_path_factory.mktemp("server"), uri):
+        yield uri
 
 
 def test_runs_are_pushed_once_and_whole(runs, server):
@@ -182,3 +192,111 @@ def test_runs_are_pushed_once_and_whole(runs, server):
     assert list(named.copied) == [mine["here"].info.run_id]
     with pytest.raises(UserError, match="there is no run abc"):
         push(store, server, "abc")
+
+
+def test_a_run_goes_on_when_its_server_goes_away(tmp_path, monkeypatch, caplog):
+    place, runs = tmp_path / "server", tmp_path / "runs"
+    place.mkdir()
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # of minutes
+    with serving(place, uri):
+        earlier = Tracker(runs / "e", runs, "e", active=True)
+        earlier.start({}, {"seed": 3})
+        earlier.stage("perception", False, {}, {})
+        earlier.close("perception")
+        tracker = Tracker(runs / "e", runs, "e", active=True)
+        tracker.start({"a": 1}, {"seed": 3})
+        logger = tracker.stage("planning", False, {"b": 2}, {"parent_card": "abcdef"})
+        logger.log_metrics({"train/loss": 4.0}, 0)
+        logger.flush()
+        left = {key: tracker.id_of(key) for key in ("", "perception", "planning")}
+        logger.log_metrics({"train/loss": 3.0}, 1)
+    for step in (2, 3):
+        logger.log_metrics({"train/loss": 1.0}, step)
+    logger.finalize("success")
+    assert f"runs push {uri}" in caplog.text
+    (runs / "card.json").write_text("{}")
+    tracker.log_files("planning", runs / "card.json")
+    tracker.close("planning")
+    tracker.log_numbers("perception", {"map_iou": 0.5})  # trained by another process
+    tracker.close("")
+
+    here = MlflowClient(local_store(runs))
+    found = {run.info.run_name: run for run in all_runs(here)}
+    assert set(found) == {"e", "e/perception", "e/planning"}
+    for key, name in (("", "e"), ("perception", "e/perception"), ("planning", "e/planning")):
+        assert found[name].data.tags[CONTINUES] == left[key]
+        assert found[name].data.tags[MEANT_FOR] == uri
+    planning = found["e/planning"]
+    assert planning.data.params == {"b": "2"}
+    assert planning.data.tags["parent_card"] == "abcdef"
+    assert planning.info.status == "FINISHED"
+    curve = here.get_metric_history(planning.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in curve] == [(1, 3.0), (2, 1.0), (3, 1.0)]
+    assert [file.path for file in here.list_artifacts(planning.info.run_id)] == ["card.json"]
+    assert found["e/perception"].data.metrics == {"map_iou": 0.5}
+    here.set_terminated(found["e/perception"].info.run_id)
+
+    with serving(place, uri):
+        assert len(push(local_store(runs), uri).copied) == 3
+        there = MlflowClient(uri)
+        assert there.get_run(left["planning"]).info.status == "KILLED"
+        assert there.get_run(left["perception"]).info.status == "FINISHED"
+        old = there.get_metric_history(left["planning"], "train/loss")
+        assert [(m.step, m.value) for m in old] == [(0, 4.0)]
+        # Resumed with the server back, the experiment goes on in runs of the server.
+        assert Tracker(runs / "e", runs, "e", active=True).uri == uri
+
+
+def test_what_a_store_refuses_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(tmp_path / "e", tmp_path, "e", active=True)
+    tracker.start({}, {})
+    with pytest.raises(MlflowException, match="exceeds"):
+        tracker.tag("", "x" * 9000, "y")
+    with pytest.raises(FileNotFoundError):
+        tracker.log_files("", tmp_path / "nothing")
+
+
+def test_models_are_pushed_with_their_runs(tmp_path, server, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(logged_model, "write_model", write_small_model)
+    tracker = Tracker(tmp_path / "m", tmp_path, "m", active=True)
+    tracker.start({}, {})
+    made = tracker.log_model("planning", tmp_path / "m", "abc")
+    assert tracker.log_model("planning", tmp_path / "m", "abc") == made
+    tracker.close("")
+    (copy,) = push(local_store(tmp_path), server, tracker.run_id).copied.values()
+    there = MlflowClient(server)
+    (output,) = there.get_run(copy).outputs.model_outputs
+    logged = there.get_logged_model(output.model_id)
+    assert (logged.name, logged.status, logged.tags["card"]) == ("planning", "READY", "abc")
+    assert logged.source_run_id == copy
+    mlflow.set_tracking_uri(server)
+    try:
+        model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert model.metadata.model_id == logged.model_id
+    assert model.metadata.run_id == copy
+    assert model.predict(["a"]) == ["A"]
+
+
+def write_small_model(folder, stage_folder, model_id, run_id):
+    """In the place of weights: a model that writes texts in capitals."""
+    code = folder.with_name("code.py")
+    code.write_text(
+        "from mlflow.models import set_model\n"
+        "from mlflow.pyfunc import PythonModel\n\n\n"
+        "class Capitals(PythonModel):\n"
+        "    def predict(self, context, model_input: list[str]) -> list[str]:\n"
+        "        return [text.upper() for text in model_input]\n\n\n"
+        "set_model(Capitals())\n"
+    )
+    mlflow.pyfunc.save_model(
+        folder,
+        python_model=str(code),
+        pip_requirements=[],
+        mlflow_model=mlflow.models.Model(model_id=model_id, run_id=run_id),
+    )

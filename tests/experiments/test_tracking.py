@@ -1,6 +1,7 @@
 """MLflow, on its local default store."""
 
 import json
+import time
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -69,6 +70,50 @@ def test_an_interrupted_experiment_goes_on_in_its_runs(store, monkeypatch):
     assert ids[0] == ids[1] != ids[2]
     parents = {json.loads((store / "f" / "mlflow.json").read_text())["runs"][""]}
     assert len(parents) == 1
+
+
+def samples(client, run_id):
+    """Steps of each of a run's metrics of the machine."""
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith("system/")]
+    return {name: [m.step for m in client.get_metric_history(run_id, name)] for name in names}
+
+
+def test_the_machine_is_watched_while_a_stage_goes_on(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    client, seen = None, []
+    for resumed in (False, True):
+        tracker = Tracker(tmp_path / "e", tmp_path, "e", active=True)
+        tracker.start({}, {})
+        run = tracker.stage("planning", resumed, {}, {}).version
+        client = MlflowClient(tracker.uri)
+        until = time.monotonic() + 30
+        before = len(seen)
+        while len(seen) < before + 3 and time.monotonic() < until:
+            time.sleep(0.1)
+            seen = samples(client, run).get("system/cpu_utilization_percentage", [])
+        tracker.close("planning")
+        closed = samples(client, run)
+        time.sleep(0.6)
+        assert samples(client, run) == closed  # nothing after its end
+    names = {name.removeprefix("system/") for name in closed}
+    assert {"system_memory_usage_megabytes", "disk_available_megabytes"} <= names
+    steps = closed["system/cpu_utilization_percentage"]
+    assert len(steps) >= 6
+    assert sorted(set(steps)) == sorted(steps)  # a resumed stage goes on counting
+    assert samples(client, tracker.run_id) == {}
+
+
+def test_the_machine_is_left_alone_where_mlflow_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    tracker = Tracker(tmp_path / "e", tmp_path, "e", active=True)
+    tracker.start({}, {})
+    run = tracker.stage("planning", False, {}, {}).version
+    time.sleep(0.5)
+    tracker.close("planning")
+    assert samples(MlflowClient(tracker.uri), run) == {}
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Overrides, overlays, dumps and hashes, on configs made for the purpose."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.find import experiments, find_experiment
 from odvla.config import (
     apply_overlay,
     apply_overrides,
@@ -14,6 +16,7 @@ from odvla.config import (
     diff,
     dump,
     flat,
+    from_tree,
     to_tree,
 )
 from odvla.errors import UserError
@@ -146,3 +149,49 @@ def test_the_hash_sees_values_and_classes_but_not_identity():
 def test_a_tree_holds_primitives_only():
     with pytest.raises(TypeError, match="object"):
         to_tree(Car(drive=object()))
+
+
+@given(
+    st.builds(
+        Car,
+        name=st.text(),
+        drive=st.builds(Track, spokes=st.integers(0, 99)),
+        wheels=st.lists(st.builds(Wheel, spokes=st.integers(0, 9)), max_size=3).map(tuple),
+        colour=st.sampled_from(["red", "blue"]),
+        names=st.lists(st.text(), max_size=3).map(tuple),
+        spare=st.none() | st.builds(Wheel),
+        top_speed=st.none() | st.integers(),
+    )
+)
+def test_a_tree_becomes_what_it_was_made_of(car):
+    # By way of JSON, as in a card.
+    assert from_tree(json.loads(json.dumps(to_tree(car)))) == car
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_experiment_comes_back_from_its_card(name):
+    config = find_experiment(name)
+    again = from_tree(json.loads(json.dumps(to_tree(config))))
+    assert again == config
+    assert all(again.stage_hash(stage) == config.stage_hash(stage) for stage in config.run)
+
+
+def test_a_tree_of_an_older_version_takes_defaults():
+    tree = to_tree(Car(seats=(1, 1)))
+    del tree["top_speed"], tree["drive"]["spokes"]
+    assert from_tree(tree) == Car(seats=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class": "no.such.Class"}, "the configuration is of class no.such.Class"),
+        ({"class": "pathlib.Path"}, "pathlib.Path, which holds no settings"),
+        ({"colur": "red"}, "unknown key 'the configuration.colur'.*did you mean 'colour'"),
+        ({"colour": "green"}, "the configuration.colour must be one of red, blue"),
+        ({"drive": {"class": f"{__name__}.Wheel", "size_m": -1.0}}, "drive: size_m must be above"),
+    ],
+)
+def test_a_tree_that_fits_nothing_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        from_tree(to_tree(Car()) | change)
