@@ -6,7 +6,7 @@
     <runs>/<sweep>/points/<point>/           links to its stages, and its results
 
 A task's name is its stage and a hash of all that its result hangs on: the settings of the stage and
-of every stage before it, the data, and the vocabulary.
+of every stage before it, the data, the vocabulary, and the weights that the first one starts from.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.handoff import CARD, fingerprint_of
+from experiments.initial_weights import identity
 from experiments.prepare import kept_tokenizer, prepare_data
 from experiments.schema import SPEED_SETTINGS, ExperimentConfig
 from experiments.sweeps.definition import ID_LENGTH, Point, Sweep, base_of, points_of, shared_run
@@ -52,6 +53,7 @@ class SweepPlan:
     points: tuple[Point, ...]
     tasks: tuple[Task, ...]  # in an order that may be followed
     vocabularies: dict[str, Path]  # by point id
+    fingerprints: dict[str, str]  # of the data, by point id
 
     def task(self, name: str) -> Task:
         """A task by its id.
@@ -130,15 +132,23 @@ def plan_sweep(
     ]
     vocabularies: dict[str, Path] = {}
     tasks: dict[str, Task] = {}
-    fingerprints = {point.config.data: fingerprint_of(point.config) for point in prepared}
+    of_data = {point.config.data: fingerprint_of(point.config) for point in prepared}
+    fingerprints: dict[str, str] = {}
     for given, point in zip(points, prepared, strict=True):
-        fingerprint = fingerprints[point.config.data]
+        fingerprint = fingerprints[given.id] = of_data[point.config.data]
         vocabulary = _vocabulary(point, shared_run(prepared), folder, fingerprint)
         # Of the point as given: what `prepare_data` settles is of this machine.
         vocabularies[given.id] = vocabulary
         _add_tasks(tasks, given, point, vocabulary.name, fingerprint)
     return SweepPlan(
-        sweep, reference, tuple(overrides), folder, points, tuple(tasks.values()), vocabularies
+        sweep,
+        reference,
+        tuple(overrides),
+        folder,
+        points,
+        tuple(tasks.values()),
+        vocabularies,
+        fingerprints,
     )
 
 
@@ -154,11 +164,13 @@ def _add_tasks(
     tasks: dict[str, Task], given: Point, prepared: Point, vocabulary: str, fingerprint: str
 ) -> None:
     """The chain of a point's stages; stages that are there already are shared."""
-    parent = ""
+    parent, start = "", identity(prepared.config.init)
     for stage in prepared.config.run:
         # Perception reads no text: where it comes first, no vocabulary stands behind it.
         words = vocabulary if parent or stage != "perception" else None
         depends = [stage, prepared.config.stage_hash(stage), parent, words, fingerprint]
+        if start is not None:
+            depends.append(start)
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:ID_LENGTH]
         name = f"{stage}-{key}"
         tasks.setdefault(name, Task(name, stage, given, (parent,) if parent else ()))

@@ -1,7 +1,8 @@
-"""Stages that another sweep in the same folder of runs has trained already.
+"""Stages that another sweep or an experiment in the same folder of runs has trained already.
 
 A task's name says all that its result hangs on, so a stage of the same name in another sweep's
-folder is the same stage. Sweeps of one base (inputs, streams, sizes) train perception once.
+folder is the same stage. Sweeps of one base (inputs, streams, sizes) train perception once, and not
+even that where `fit` has trained the base: an experiment's stage is the same if its card says so.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.handoff import CARD, card_sha256, check_files, read_card
+from experiments.handoff import CARD, Card, card_sha256, check_files, read_card
+from experiments.initial_weights import identity
 from experiments.sweeps.graph import MANIFEST, SCORE, SweepPlan, Task
 from odvla.errors import UserError
+from odvla.weights import file_sha256
 
 
 def take_over(plan: SweepPlan, runs: Path) -> dict[str, Path]:
-    """Give a sweep the finished stages that other sweeps have, where it has not begun them itself.
+    """Give a sweep the finished stages of other sweeps and experiments, where it has none itself.
 
-    A stage is taken only together with what it was trained from: its card names its parent's, which
-    must be this sweep's. Weights become hard links where the disk allows it; both sweeps may be
-    removed without harm to the other.
+    Those that it has begun go on at their checkpoints. A stage is taken only together with what it
+    was trained from: its card names its parent's, which must be this sweep's. Weights become hard
+    links where the disk allows it; both folders may be removed without harm to the other.
 
     Args:
         plan: the sweep.
@@ -33,30 +36,53 @@ def take_over(plan: SweepPlan, runs: Path) -> dict[str, Path]:
     taken: dict[str, Path] = {}
     for task in plan.tasks:  # parents stand before children
         if task.kind == SCORE or plan.task_folder(task).exists():
-            continue  # one that was begun here goes on at its checkpoint
-        for folder in _elsewhere(plan, runs, task):
-            if _fits(plan, task, folder):
+            continue
+        for folder in (*_of_sweeps(plan, runs, task), *_of_experiments(plan, runs, task)):
+            if _is_whole(folder) and _has_parent(plan, task, read_card(folder)):
                 _copy(folder, plan.stage_folder(task))
                 taken[task.id] = folder
                 break
     return taken
 
 
-def _elsewhere(plan: SweepPlan, runs: Path, task: Task) -> Iterator[Path]:
-    """Finished stages of a task's name in other sweeps."""
+def _of_sweeps(plan: SweepPlan, runs: Path, task: Task) -> Iterator[Path]:
+    """Stages of a task's name in other sweeps."""
     for manifest in sorted(runs.glob(f"*/{MANIFEST}")):
-        folder = manifest.parent / "stages" / task.id / task.kind
-        if manifest.parent.resolve() != plan.folder.resolve() and (folder / CARD).is_file():
-            yield folder
+        if manifest.parent.resolve() != plan.folder.resolve():
+            yield manifest.parent / "stages" / task.id / task.kind
 
 
-def _fits(plan: SweepPlan, task: Task, folder: Path) -> bool:
-    """Whether a finished stage is whole, and was trained from this sweep's handoff."""
+def _of_experiments(plan: SweepPlan, runs: Path, task: Task) -> Iterator[Path]:
+    """Stages of experiments whose cards say all that a task's name stands for."""
+    config = task.point.config
+    wanted: dict[str, str | None] = {
+        "stage_hash": config.stage_hash(task.kind),
+        "data_fingerprint": plan.fingerprints[task.point.id],
+        "init_identity": identity(config.init),
+    }
+    if task.after or task.kind != "perception":  # others read texts
+        vocabulary = plan.vocabularies[task.point.id] / "tokenizer.json"
+        wanted["tokenizer_sha256"] = file_sha256(vocabulary)
+    for path in sorted(runs.glob(f"*/{task.kind}/{CARD}")):
+        try:
+            card = read_card(path.parent)
+        except UserError:  # of another version, or damaged
+            continue
+        if all(getattr(card, name) == value for name, value in wanted.items()):
+            yield path.parent
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a stage is finished and undamaged; if not, it is trained here instead."""
     try:
-        card = read_card(folder)
-        check_files(folder, card)
-    except UserError:  # damaged or unfinished: it is trained here instead
+        check_files(folder, read_card(folder))
+    except UserError:
         return False
+    return True
+
+
+def _has_parent(plan: SweepPlan, task: Task, card: Card) -> bool:
+    """Whether a stage was trained from this sweep's handoff."""
     if not task.after:
         return card.parent_stage is None
     parent = plan.stage_folder(plan.task(task.after[0]))

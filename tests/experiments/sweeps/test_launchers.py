@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from experiments.cli import main
 from experiments.handoff import CARD, card_sha256
+from experiments.pipeline import open_pipeline
 from experiments.stage_run import FEATURES
 from experiments.sweeps import work
 from experiments.sweeps.graph import FAILED, plan_sweep
@@ -157,6 +161,52 @@ def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, town
     card.write_text(json.dumps(json.loads(card.read_text()) | {"seconds": -1.0}))
     assert take_over(plan, runs) == {}
     assert not plan.is_done(planning)
+
+
+def test_what_an_experiment_has_trained_is_taken_over(declared, town_root):
+    from experiments.find import find_sweep
+
+    runs, name = Path("runs"), "my_sweeps:tongues"
+    plan = plan_sweep(find_sweep(name), name, runs, data_root=str(town_root))
+    mine, other = plan.points
+    # As `fit` has it: the point's settings under a name of its own.
+    pipeline = open_pipeline(replace(mine.config, name="by_hand"), runs, progress=False)
+    pipeline.fit()
+    perception, planning = plan.stage_tasks(mine)
+    taken = take_over(plan, runs)
+    assert taken == {
+        perception.id: runs / "by_hand" / "perception",
+        planning.id: runs / "by_hand" / "planning",
+    }
+    assert plan.is_done(perception)
+    assert plan.is_done(planning)
+    assert not plan.is_done(plan.stage_tasks(other)[-1])  # it speaks otherwise
+
+    # What the card says is believed only as far as it goes.
+    for key in ("stage_hash", "data_fingerprint", "tokenizer_sha256"):
+        shutil.rmtree(plan.folder / "stages")
+        card = runs / "by_hand" / "planning" / CARD
+        text = card.read_text()
+        card.write_text(json.dumps(json.loads(text) | {key: "0" * 64}))
+        assert list(take_over(plan, runs)) == [perception.id]
+        card.write_text(text)
+
+
+def test_points_that_start_from_other_weights_share_no_stage(declared, town_root):
+    from experiments.find import find_sweep
+    from experiments.sweeps.definition import Axis
+
+    for index in range(2):
+        save_file({"encoder.x": torch.full((2,), float(index))}, f"{index}.safetensors")
+    starts = {
+        "nothing": (),
+        "0": ("init.weights=0.safetensors",),
+        "1": ("init.weights=1.safetensors",),
+    }
+    both = replace(find_sweep("my_sweeps:tongues"), axes=(Axis("start", starts),))
+    plan = plan_sweep(both, "x", Path("runs"), data_root=str(town_root))
+    chains = [[task.id for task in plan.stage_tasks(point)] for point in plan.points]
+    assert len({task for chain in chains for task in chain}) == 6
 
 
 def test_points_are_the_same_wherever_their_data_lies(declared, town_root, tmp_path):
