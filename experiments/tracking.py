@@ -127,13 +127,12 @@ class Tracker:
         self._name = name
         self._client: MlflowClient | None = None
         self._ids: dict[str, str] = {}
-        self._records: dict[str, RunRecord] = {}  # of the runs that this process opened
+        self._records: dict[str, RunRecord] = {}  # of the runs that this process has open
         self._left: dict[str, str] = {}  # runs at a server that has gone since
         self._monitors: dict[str, SystemMetricsMonitor] = {}
         if not active:
             return
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        _hush()
         store.mkdir(parents=True, exist_ok=True)
         self._meant = ""  # the server that did not answer
         uri = store_uri(store)
@@ -258,6 +257,7 @@ class Tracker:
 
             from experiments.logged_model import write_model
 
+            _hush()
             where = f"tags.card = '{card}' AND source_run_id = '{run}'"
             found = client.search_logged_models([self._experiment], where)
             ready = [model.model_id for model in found if model.status == "READY"]
@@ -287,6 +287,7 @@ class Tracker:
         if stage in self._monitors:
             self._monitors.pop(stage).finish()
         self._write(stage, lambda client, run: client.set_terminated(run, status))
+        self._records.pop(stage, None)
 
     def _begin(self, key: str, record: RunRecord, resumed: bool) -> None:
         """Open a run, or go on in the one kept from before."""
@@ -344,13 +345,23 @@ class Tracker:
         """Write to a run; where its server has gone, to one of the local store in its place."""
         from mlflow.exceptions import MlflowException
 
-        if self._client is None or key not in self._ids:
+        if self._client is None or (key not in self._ids and key not in self._left):
             return
         try:
-            operation(self._client, self._ids[key])
+            operation(self._client, self._run_of(key))
         except (MlflowException, OSError) as error:  # requests' errors are OSErrors
             self._leave_server(error)
-            operation(self._client, self._ids[key])
+            operation(self._client, self._run_of(key))
+
+    def _run_of(self, key: str) -> str:
+        """Id of a run; one that had ended at a server that is gone has a continuation now."""
+        if key not in self._ids:
+            assert self._client is not None
+            self._records[key] = RunRecord(f"{self._name}/{key}", {}, {"stage": key})
+            self._create(key)
+            self._client.set_terminated(self._ids[key], "FINISHED")
+            del self._records[key]
+        return self._ids[key]
 
     def _leave_server(self, error: BaseException) -> None:
         """Write to the local store from now on, in runs that continue the server's.
@@ -372,9 +383,7 @@ class Tracker:
         self._connect(local)
         watched = list(self._monitors)
         self._monitors.clear()  # their threads end by themselves: their run cannot be reached
-        for key in ("", *(key for key in {**self._left, **self._records} if key)):
-            # A stage that another process trained may get numbers of its evaluation still.
-            self._records.setdefault(key, RunRecord(f"{self._name}/{key}", {}, {"stage": key}))
+        for key in self._records:  # the parent first, it was opened first
             self._create(key)
         for stage in watched:
             self._watch_machine(stage)
@@ -387,9 +396,19 @@ class Tracker:
         # MLflow's own switch; unset, it means no to MLflow and yes here.
         if self._client is None or (WANTED.is_set() and not WANTED.get()):
             return
+        _hush()
         monitor = SystemMetricsMonitor(self._ids[stage], resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         self._monitors[stage] = monitor
+
+
+def _hush() -> None:
+    """Keep from the console what MLflow and its database say of their own doings.
+
+    Each part of MLflow sets its level anew when it is imported.
+    """
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _numbers(tree: Any, key: str) -> list[tuple[str, float]]:

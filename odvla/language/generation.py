@@ -39,6 +39,7 @@ from odvla.language.grammar import Grammar
 from odvla.language.kv_cache import PREFIXES, RowCache, decoding
 from odvla.language.recorded_runs import RUNS, SLOT_STEP, RecordedRuns, nodes_run
 from odvla.language.splice import Spliced
+from odvla.language.thin_products import thin_products
 
 FREE = 0  # state of a row without a grammar
 LEAST_NODES = 6  # of a row's tree, however many rows share a run
@@ -205,6 +206,7 @@ class _Decoder:
                 if record
                 else nullcontext() as self.recorded,
                 decoding(self.language.model, self.embeds.shape[1] + self.limit),
+                thin_products(self.language.model),
             ):
                 if self.recorded is not None:
                     self.cache = self.recorded.cache

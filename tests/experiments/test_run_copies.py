@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import mlflow
 import pytest
@@ -110,32 +109,45 @@ def test_the_pages_are_started_on_the_store():
         ui_command("sqlite:///x.db", 0)
 
 
-@contextmanager
-def serving(place, uri):
-    """An MLflow server on this machine, with what it keeps in a folder."""
-    port = uri.rpartition(":")[2]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port]
-    command += ["--backend-store-uri", f"sqlite:///{place / 'server.db'}", "--workers", "1"]
-    command += ["--artifacts-destination", str(place / "artifacts")]
-    with (place / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=place)
-        try:
-            until = time.monotonic() + 90
-            while not answers(uri, 1.0):
-                assert process.poll() is None, (place / "log").read_text()
-                assert time.monotonic() < until, (place / "log").read_text()
-                time.sleep(0.3)
-            yield
-        finally:
-            process.terminate()
-            process.wait(20)
+class Server:
+    """An MLflow server on this machine, which may go away and come back."""
+
+    def __init__(self, place):
+        port = free_port()
+        self.uri, self._place, self._process = f"http://127.0.0.1:{port}", place, None
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{place / 'server.db'}"]
+        self._command = [*command, "--artifacts-destination", str(place / "artifacts")]
+
+    def start(self):
+        log = self._place / "log"
+        with log.open("w") as out:
+            self._process = subprocess.Popen(self._command, stdout=out, stderr=out, cwd=self._place)
+        until = time.monotonic() + 90
+        while not answers(self.uri, 1.0):
+            assert self._process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.3)
+
+    def stop(self):
+        self._process.terminate()
+        self._process.wait(20)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    uri = f"http://127.0.0.1:{free_port()}"
-    with serving(tmp_path_factory.mktemp("server"), uri):
-        yield uri
+def serving(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("server"))
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture(scope="module")
+def server(serving):
+    return serving.uri
 
 
 def test_runs_are_pushed_once_and_whole(runs, server):
@@ -194,24 +206,24 @@ def test_runs_are_pushed_once_and_whole(runs, server):
         push(store, server, "abc")
 
 
-def test_a_run_goes_on_when_its_server_goes_away(tmp_path, monkeypatch, caplog):
-    place, runs = tmp_path / "server", tmp_path / "runs"
-    place.mkdir()
-    uri = f"http://127.0.0.1:{free_port()}"
+def test_a_run_goes_on_when_its_server_goes_away(serving, tmp_path, monkeypatch, caplog):
+    runs, uri = tmp_path / "runs", serving.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # of minutes
-    with serving(place, uri):
-        earlier = Tracker(runs / "e", runs, "e", active=True)
-        earlier.start({}, {"seed": 3})
-        earlier.stage("perception", False, {}, {})
-        earlier.close("perception")
-        tracker = Tracker(runs / "e", runs, "e", active=True)
-        tracker.start({"a": 1}, {"seed": 3})
-        logger = tracker.stage("planning", False, {"b": 2}, {"parent_card": "abcdef"})
-        logger.log_metrics({"train/loss": 4.0}, 0)
-        logger.flush()
-        left = {key: tracker.id_of(key) for key in ("", "perception", "planning")}
-        logger.log_metrics({"train/loss": 3.0}, 1)
+    earlier = Tracker(runs / "e", runs, "e", active=True)
+    earlier.start({}, {"seed": 3})
+    earlier.stage("perception", False, {}, {})
+    earlier.close("perception")
+    tracker = Tracker(runs / "e", runs, "e", active=True)
+    tracker.start({"a": 1}, {"seed": 3})
+    tracker.stage("interaction", False, {}, {})
+    tracker.close("interaction")  # over, and so nothing has to go on
+    logger = tracker.stage("planning", False, {"b": 2}, {"parent_card": "abcdef"})
+    logger.log_metrics({"train/loss": 4.0}, 0)
+    logger.flush()
+    left = {key: tracker.id_of(key) for key in ("", "perception", "planning")}
+    logger.log_metrics({"train/loss": 3.0}, 1)
+    serving.stop()
     for step in (2, 3):
         logger.log_metrics({"train/loss": 1.0}, step)
     logger.finalize("success")
@@ -236,17 +248,17 @@ def test_a_run_goes_on_when_its_server_goes_away(tmp_path, monkeypatch, caplog):
     assert [(m.step, m.value) for m in curve] == [(1, 3.0), (2, 1.0), (3, 1.0)]
     assert [file.path for file in here.list_artifacts(planning.info.run_id)] == ["card.json"]
     assert found["e/perception"].data.metrics == {"map_iou": 0.5}
-    here.set_terminated(found["e/perception"].info.run_id)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
 
-    with serving(place, uri):
-        assert len(push(local_store(runs), uri).copied) == 3
-        there = MlflowClient(uri)
-        assert there.get_run(left["planning"]).info.status == "KILLED"
-        assert there.get_run(left["perception"]).info.status == "FINISHED"
-        old = there.get_metric_history(left["planning"], "train/loss")
-        assert [(m.step, m.value) for m in old] == [(0, 4.0)]
-        # Resumed with the server back, the experiment goes on in runs of the server.
-        assert Tracker(runs / "e", runs, "e", active=True).uri == uri
+    serving.start()
+    assert len(push(local_store(runs), uri).copied) == 3
+    there = MlflowClient(uri)
+    assert there.get_run(left["planning"]).info.status == "KILLED"
+    assert there.get_run(left["perception"]).info.status == "FINISHED"
+    old = there.get_metric_history(left["planning"], "train/loss")
+    assert [(m.step, m.value) for m in old] == [(0, 4.0)]
+    # Resumed with the server back, the experiment goes on in runs of the server.
+    assert Tracker(runs / "e", runs, "e", active=True).uri == uri
 
 
 def test_what_a_store_refuses_is_an_error(tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ def base():
         config,
         town=None,
         pictures=0,
+        log_model=False,
         run=("perception", "planning"),
         data=replace(
             config.data, version="v1.0-trainval", image_size=(64, 36), train_scenes=1
