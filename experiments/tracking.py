@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -405,8 +406,9 @@ class Tracker:
 def _hush() -> None:
     """Keep from the console what MLflow and its database say of their own doings.
 
-    Each part of MLflow sets its level anew when it is imported.
+    Each part of MLflow sets its level anew when it is imported; copying a model's files shows bars.
     """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

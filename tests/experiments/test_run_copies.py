@@ -271,27 +271,33 @@ def test_what_a_store_refuses_is_an_error(tmp_path, monkeypatch):
         tracker.log_files("", tmp_path / "nothing")
 
 
-def test_models_are_pushed_with_their_runs(tmp_path, server, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+@pytest.mark.parametrize("way", ["straight", "pushed"])
+def test_models_reach_the_server(way, tmp_path, server, monkeypatch):
+    if way == "straight":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(logged_model, "write_model", write_small_model)
-    tracker = Tracker(tmp_path / "m", tmp_path, "m", active=True)
+    tracker = Tracker(tmp_path / way, tmp_path, way, active=True)
     tracker.start({}, {})
-    made = tracker.log_model("planning", tmp_path / "m", "abc")
-    assert tracker.log_model("planning", tmp_path / "m", "abc") == made
+    made = tracker.log_model("planning", tmp_path / way, "abc")
+    assert tracker.log_model("planning", tmp_path / way, "abc") == made
     tracker.close("")
-    (copy,) = push(local_store(tmp_path), server, tracker.run_id).copied.values()
+    run = tracker.run_id
+    if way == "pushed":
+        (run,) = push(local_store(tmp_path), server, run).copied.values()
     there = MlflowClient(server)
-    (output,) = there.get_run(copy).outputs.model_outputs
+    (output,) = there.get_run(run).outputs.model_outputs
     logged = there.get_logged_model(output.model_id)
     assert (logged.name, logged.status, logged.tags["card"]) == ("planning", "READY", "abc")
-    assert logged.source_run_id == copy
+    assert logged.source_run_id == run
     mlflow.set_tracking_uri(server)
     try:
-        model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+        model = mlflow.pyfunc.load_model(f"runs:/{run}/planning")
     finally:
         mlflow.set_tracking_uri(None)
     assert model.metadata.model_id == logged.model_id
-    assert model.metadata.run_id == copy
+    assert model.metadata.run_id == run
     assert model.predict(["a"]) == ["A"]
 
 
