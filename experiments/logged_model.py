@@ -109,14 +109,14 @@ def write_model(folder: Path, stage_folder: Path, model_id: str, run_id: str) ->
     """
     card = read_card(stage_folder)
     data = card.config["data"]
-    token = read_predictions(stage_folder / PREDICTIONS)[0]["sample_token"]
+    tokens = [record["sample_token"] for record in read_predictions(stage_folder / PREDICTIONS)]
     save_model(
         folder,
         python_model=str(ENTRY),
         artifacts={name: str(stage_folder / name) for name in HANDOFF},
         code_paths=[str(path) for path in _code(card.config)],
         signature=SIGNATURE,
-        input_example=pandas.DataFrame({SAMPLE: [token]}),
+        input_example=pandas.DataFrame({SAMPLE: tokens[:1]}) if tokens else None,
         pip_requirements=list(_requirements()),
         model_config={
             DATA_ROOT: str(Path(data["root"]).absolute()),

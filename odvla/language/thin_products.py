@@ -1,8 +1,8 @@
 """Linear layers of a few rows on a CPU, shared out over its threads by output.
 
 Decoding runs a model on one token a row, or on a draft of sixteen. torch multiplies [rows, in] by
-[in, out]; on few rows the library below it (MKL in the wheels for x86) keeps a second thread nearly
-idle. As [out, in] by [in, rows] the same product has many rows, which threads share:
+[in, out]; on few rows that was as fast with one thread as with two (MKL, in the wheels for x86).
+As [out, in] by [in, rows] the same product has many rows, which threads share:
 benchmarks/thin_products.py measures both.
 """
 
