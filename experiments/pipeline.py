@@ -192,6 +192,7 @@ def open_pipeline(
     *,
     progress: bool = True,
     any_number: bool = False,
+    trained: bool = False,
 ) -> Pipeline:
     """Make data, tokenizer and model ready.
 
@@ -201,6 +202,8 @@ def open_pipeline(
         parent: a finished stage's folder to start from; stages up to that one are left out.
         progress: show progress bars.
         any_number: of processes, whatever the experiment trains with.
+        trained: nothing is to be trained any more: take the vocabulary of the finished stages. It
+            is their parent's where they started from one.
 
     Raises:
         UserError: the data or the parent's handoff is not usable, or another process works in the
@@ -223,8 +226,11 @@ def open_pipeline(
         config = prepare_data(config, progress=progress and main)
         fingerprint = fingerprint_of(config)
         lock = _lock(folder) if main else None
+        finished = [folder / stage for stage in stages if (folder / stage / CARD).is_file()]
         if parent is not None:
             tokenizer = ChatTokenizer.load(parent / TOKENIZER)
+        elif trained and finished:
+            tokenizer = ChatTokenizer.load(finished[-1] / TOKENIZER)
         else:
             tokenizer = kept_tokenizer(config, folder / TOKENIZER, fingerprint, write=main)
     vla = build_model(config, tokenizer)

@@ -25,6 +25,7 @@ from odvla.vla import DrivingVLA
 from stages.optimisation import (
     MuonWithAdamW,
     OptimiserConfig,
+    adamw,
     muon_weights,
     parameter_groups,
 )
@@ -225,7 +226,7 @@ class StageModule(lightning.LightningModule):
         if settings.muon > 0:
             optimiser = MuonWithAdamW(options, settings.betas)
         else:
-            optimiser = torch.optim.AdamW(options, betas=settings.betas)
+            optimiser = adamw(options, settings.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimiser, [self._curve(group.component) for group in groups]
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from odvla.errors import UserError
 
@@ -25,6 +26,7 @@ COMPONENTS = {
 # Of Muon, as torch.optim.Muon has them.
 MOMENTUM = 0.95
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, LEAST_NORM = (3.4445, -4.775, 2.0315), 5, 1e-7
+LARGEST_STACKED = 2**20  # numbers of a matrix that is taken together with others
 
 
 @dataclass(frozen=True)
@@ -199,38 +201,62 @@ class Muon(torch.optim.Optimizer):
         """One step."""
         loss = _loss_of(closure)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._learn(parameter, group["lr"], group["weight_decay"])
+            learning = [weight for weight in group["params"] if weight.grad is not None]
+            directions = [self._direction(weight) for weight in learning]
+            for weight, step in zip(learning, orthogonal_of_each(directions), strict=True):
+                # With this factor a rate means about what it means to AdamW, whatever the shape.
+                length = 0.2 * math.sqrt(max(step.shape))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(step.view_as(weight), alpha=-group["lr"] * length)
         return loss
 
-    def _learn(self, parameter: nn.Parameter, lr: float, weight_decay: float) -> None:
-        grad, state = parameter.grad, self.state[parameter]
+    def _direction(self, weight: nn.Parameter) -> torch.Tensor:
+        """Where Nesterov's momentum leads, as a matrix."""
+        grad, state = weight.grad, self.state[weight]
         assert grad is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         mean = state["momentum_buffer"].lerp_(grad, 1 - MOMENTUM)
-        ahead = grad.lerp(mean, MOMENTUM).flatten(1)  # Nesterov's
-        step = orthogonal(ahead.float() if ahead.device.type == "cpu" else ahead.bfloat16())
-        # With this factor a rate means about what it means to AdamW, whatever the shape.
-        length = 0.2 * math.sqrt(max(ahead.shape))
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(step.view_as(parameter), alpha=-lr * length)
+        ahead = grad.lerp(mean, MOMENTUM).flatten(1)
+        return ahead.float() if ahead.device.type == "cpu" else ahead.bfloat16()
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix [rows, columns] with the same singular vectors and all singular values near 1.
+def orthogonal_of_each(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """See `orthogonal`; small matrices of one shape are taken together.
+
+    A product of small matrices keeps neither two threads nor a GPU busy. Sharded ones are taken
+    one by one, as are large ones, of which copies would need much memory.
+    """
+    found: dict[int, torch.Tensor] = {}
+    stacks: dict[Any, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        together = matrix.numel() <= LARGEST_STACKED and not isinstance(matrix, DTensor)
+        shape = tuple(sorted(matrix.shape)), matrix.device
+        stacks.setdefault(shape if together else place, []).append(place)
+    for places in stacks.values():
+        if len(places) == 1:
+            found[places[0]] = orthogonal(matrices[places[0]])
+            continue
+        wide = [matrices[place].shape[0] <= matrices[place].shape[1] for place in places]
+        upright = [matrices[p] if w else matrices[p].T for p, w in zip(places, wide, strict=True)]
+        for place, step, as_it_was in zip(places, orthogonal(torch.stack(upright)), wide, strict=True):
+            found[place] = step if as_it_was else step.T
+    return [found[place] for place in range(len(matrices))]
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices [..., rows, columns] with the same singular vectors and all singular values near 1.
 
     Each of the Newton-Schulz steps puts the singular values x through a x + b x^3 + c x^5.
     """
     a, b, c = NEWTON_SCHULZ
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / x.norm().clamp(min=LEAST_NORM)
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.T
+    return x if wide else x.mT
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -252,7 +278,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if matrices:
             self.parts.append(Muon(matrices))
         if rest:
-            self.parts.append(torch.optim.AdamW(rest, betas=betas))
+            self.parts.append(adamw(rest, betas))
         self._share(matrices_first=[group for part in self.parts for group in part.param_groups])
 
     def _share(self, matrices_first: list[dict[str, Any]]) -> None:
@@ -276,6 +302,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Continue from `state_dict`."""
         super().load_state_dict(state_dict)
         self._share(self.param_groups)
+
+
+def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW; on a CPU as one kernel a tensor, where calls take longer than the arithmetic.
+
+    On a GPU torch takes all tensors together anyway; one kernel would forbid Lightning to clip
+    gradients in float16.
+    """
+    weights = [weight for group in groups for weight in group["params"]]
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    return torch.optim.AdamW(groups, betas=betas, fused=on_cpu or None)
 
 
 def _loss_of(closure: Any) -> Any:

@@ -141,7 +141,7 @@ def test_experiment(options: argparse.Namespace) -> None:
         hidden: Any = HIDDEN if "all" in options.hide else tuple(dict.fromkeys(options.hide))
         planning = replace(config.stages.planning, ablations=hidden)
         config = replace(config, stages=replace(config.stages, planning=planning))
-    pipeline = open_pipeline(config, runs_of(options))
+    pipeline = open_pipeline(config, runs_of(options), trained=True)
     if not options.keep_predictions:
         pipeline.test(options.stage)
     pipeline.report(wide_console(), options.protocol, stage=options.stage, thorough=True)

@@ -121,7 +121,7 @@ class TemporalAttention(nn.Module):
         Returns:
             [B, C, H, W].
         """
-        batch, channels, rows, columns = query.shape
+        batch, _, rows, columns = query.shape
         asking = (query + positions).flatten(2).transpose(1, 2)  # B, Q, C
         shape = (batch, rows * columns, self.heads, 2, self.points)
         offsets = self.offsets(asking).float().view(*shape, 2)
@@ -129,7 +129,7 @@ class TemporalAttention(nn.Module):
         locations = where[:, :, None, :, None] + offsets / offsets.new_tensor([columns, rows])
         values = self.value(torch.cat([query, previous])).float().chunk(2)
         read = self.out(deformable_attention(values, locations, weights))  # B, Q, C
-        return read.transpose(1, 2).reshape(batch, channels, rows, columns)
+        return read.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
 
 class SpatialAttention(nn.Module):
@@ -184,7 +184,7 @@ class SpatialAttention(nn.Module):
         )  # 1, V, C
         read = self.out(read.squeeze(0) * view.share)
         gathered = read.new_zeros(len(flat), channels).index_add(0, view.pillar, read)
-        return gathered.view(batch, rows * columns, channels).transpose(1, 2).reshape(query.shape)
+        return gathered.view(batch, rows, columns, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,7 @@ class DeformableBEV(nn.Module):
         levels = self._image_levels(frames)  # L x [B*N, C, h, w]
         view = view_pillars(self.pillars, frames.cameras, (width, height), len(self.centres))
         bev = self.bev_queries.expand(batch, -1, -1, -1)
+        bev = bev.contiguous(memory_format=torch.channels_last)
         if self.can_bus is not None:
             bev = bev + self.can_bus(frames.can_bus)[:, :, None, None]
         past = self._past(frames, state)

@@ -202,6 +202,17 @@ def test_a_run_starts_from_any_handoff(config, runs, tmp_path, monkeypatch):
         predict(config, tmp_path / "branch", "any")
 
 
+def test_what_started_from_a_handoff_is_tested_with_its_vocabulary(config, runs, tmp_path):
+    # The texts of stage 2.5 alone would make a smaller one.
+    alone = replace(config, run=("interaction",))
+    fit(alone, tmp_path, runs / "smoke" / "perception")
+    path = tmp_path / "smoke" / "interaction" / "predictions.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    open_pipeline(alone, tmp_path, progress=False, trained=True).test()
+    assert path.read_bytes() == before
+
+
 def test_test_predicts_again(config, runs):
     path = runs / "smoke" / "interaction" / "predictions.jsonl"
     before = path.read_bytes()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from odvla.errors import UserError
+from stages import optimisation
 from stages.optimisation import (
     COMPONENTS,
     Muon,
@@ -14,6 +15,7 @@ from stages.optimisation import (
     OptimiserConfig,
     muon_weights,
     orthogonal,
+    orthogonal_of_each,
     parameter_groups,
     trained_counts,
 )
@@ -118,6 +120,16 @@ def test_the_singular_values_alone_go_through_the_polynomial(shape):
     assert ((values > 0.6) & (values < 1.3)).all()
     found = orthogonal(matrix)
     torch.testing.assert_close(found, (left * values @ right).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_matrices_of_one_shape_are_orthogonal_together_as_they_are_alone(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(4, 9), (6, 6), (9, 4), (4, 9), (6, 6), (3, 5), (12, 12), (12, 12)]
+    monkeypatch.setattr(optimisation, "LARGEST_STACKED", 100)  # the last two stay alone
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    together = orthogonal_of_each(matrices)
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonal(matrix))
 
 
 def test_muon_on_a_cpu_is_torchs_to_the_rounding_of_bfloat16():

@@ -78,6 +78,19 @@ def slow() -> Sweep:
 '''
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, town_root):
+    """A folder of runs with a finished sweep, planning_steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "my_sweeps.py").write_text(DECLARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        assert sweep("planning_steps", town_root) == 0
+        sys.modules.pop("my_sweeps", None)
+    return folder / "runs"
+
+
 @pytest.fixture
 def declared(tmp_path, monkeypatch):
     (tmp_path / "my_sweeps.py").write_text(DECLARED)
@@ -96,8 +109,8 @@ def cards(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob(f"stages/*/*/{CARD}")}
 
 
-def test_what_points_share_is_trained_once_and_a_rerun_does_nothing(declared, town_root):
-    assert sweep("planning_steps", town_root) == 0
+def test_what_points_share_is_trained_once_and_a_rerun_does_nothing(declared, finished, town_root):
+    shutil.copytree(finished, "runs")
     folder = declared / "runs" / "planning_steps"
     made = cards(folder)
     assert sorted(path.parent.name for path in made) == ["perception", "planning", "planning"]
@@ -125,8 +138,8 @@ def test_points_that_differ_in_language_alone_share_perception(declared, town_ro
         assert (folder_of_point / "results.json").is_file()
 
 
-def test_what_another_sweep_has_trained_is_taken_over(declared, town_root, capsys):
-    assert sweep("planning_steps", town_root) == 0
+def test_what_another_sweep_has_trained_is_taken_over(declared, finished, town_root, capsys):
+    shutil.copytree(finished, "runs")
     assert sweep("tongues", town_root) == 0
     # Both have the point of two steps of planning; the one of another language is tongues' own.
     kept = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept ")]
@@ -143,10 +156,10 @@ def test_what_another_sweep_has_trained_is_taken_over(declared, town_root, capsy
     assert not list(declared.glob(f"runs/*/**/{FEATURES}"))
 
 
-def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, town_root):
+def test_a_stage_is_not_taken_over_damaged_or_from_another_parent(declared, finished, town_root):
     from experiments.find import find_sweep
 
-    assert sweep("planning_steps", town_root) == 0
+    shutil.copytree(finished, "runs")
     name, runs = "my_sweeps:tongues", Path("runs")
     plan = plan_sweep(find_sweep(name), name, runs, data_root=str(town_root))
     perception, planning = plan.stage_tasks(plan.points[0])
