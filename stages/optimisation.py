@@ -237,10 +237,9 @@ def orthogonal_of_each(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if len(places) == 1:
             found[places[0]] = orthogonal(matrices[places[0]])
             continue
-        wide = [matrices[place].shape[0] <= matrices[place].shape[1] for place in places]
-        upright = [matrices[p] if w else matrices[p].T for p, w in zip(places, wide, strict=True)]
-        for place, step, as_it_was in zip(places, orthogonal(torch.stack(upright)), wide, strict=True):
-            found[place] = step if as_it_was else step.T
+        stack = torch.stack([_wide(matrices[place]) for place in places])
+        for place, step in zip(places, orthogonal(stack), strict=True):
+            found[place] = step if _is_wide(matrices[place]) else step.T
     return [found[place] for place in range(len(matrices))]
 
 
@@ -250,13 +249,20 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     Each of the Newton-Schulz steps puts the singular values x through a x + b x^3 + c x^5.
     """
     a, b, c = NEWTON_SCHULZ
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
+    x = _wide(matrices)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+    return x if _is_wide(matrices) else x.mT
+
+
+def _is_wide(matrices: torch.Tensor) -> bool:
+    return matrices.shape[-2] <= matrices.shape[-1]
+
+
+def _wide(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices if _is_wide(matrices) else matrices.mT
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nuscenes.utils.splits import create_splits_scenes
-from threadpoolctl import threadpool_limits
 
 from datamodules.town.captions import object_captions
 from datamodules.town.descriptions import described
@@ -53,13 +49,7 @@ class SplitTexts:
 
 
 def write_language(
-    root: Path,
-    version: str,
-    logs: Sequence[SceneLog],
-    tokens: TokenIndex,
-    seed: int,
-    *,
-    workers: int = 1,
+    root: Path, version: str, logs: Sequence[SceneLog], tokens: TokenIndex, seed: int
 ) -> None:
     """Write all seven data sets under root/language.
 
@@ -71,7 +61,6 @@ def write_language(
         logs: the scenes, in the order of the tables.
         tokens: the tokens used in the tables.
         seed: of the town; chooses words and questions.
-        workers: processes; what is written does not depend on it.
 
     Raises:
         UserError: a table is missing, or a scene belongs to no official split.
@@ -80,11 +69,10 @@ def write_language(
     texts = {split: SplitTexts() for split in SPLITS}
     objects: dict[str, dict[str, Any]] = {}
     cache: dict[str, dict[str, Any]] = {}
-    to_come = _infos_to_come(root, version, logs, tokens, recorded, workers)
-    for log, infos in zip(logs, to_come, strict=True):
+    for log in logs:
         split = split_of(log.name, version)
         objects |= add_scene(log, texts[split], tokens, recorded, seed)
-        cache |= pickle.loads(infos())
+        cache |= scene_infos(log, tokens, recorded)
         texts[split].plans += (
             whole_future_tokens(log.name, tokens)
             if split == "train"
@@ -110,49 +98,6 @@ def write_language(
     path.write_bytes(pickle.dumps(cache, protocol=PICKLE_PROTOCOL))
     lines = [json.dumps(fine_tuning_line(cache[token])) for token in plans["train"]]
     (folder / "gpt_driver" / "train.json").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _infos_to_come(
-    root: Path,
-    version: str,
-    logs: Sequence[SceneLog],
-    tokens: TokenIndex,
-    recorded: Recorded,
-    workers: int,
-) -> Iterator[Callable[[], bytes]]:
-    """What gives each scene's cached info, pickled.
-
-    With more than one worker another process makes it, while this one words the texts. It is
-    pickled in any case: which objects are one and the same shows in the bytes of the cache.
-    """
-    if workers == 1:
-        for log in logs:
-            yield partial(_packed_infos, log, tokens, recorded)
-        return
-    # Started afresh, because a forked copy of a process with numerical threads may hang.
-    context = multiprocessing.get_context("spawn")
-    told = (root, version, tokens)
-    with ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=told) as pool:
-        for future in [pool.submit(_infos_of_worker, log) for log in logs]:
-            yield future.result
-
-
-def _packed_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> bytes:
-    return pickle.dumps(scene_infos(log, tokens, recorded), protocol=PICKLE_PROTOCOL)
-
-
-_told: tuple[TokenIndex, Recorded] | None = None  # what a worker knows of the town
-
-
-def _start_worker(root: Path, version: str, tokens: TokenIndex) -> None:
-    global _told
-    threadpool_limits(1)
-    _told = tokens, read_recorded(root, version)
-
-
-def _infos_of_worker(log: SceneLog) -> bytes:
-    assert _told is not None
-    return _packed_infos(log, *_told)
 
 
 def add_scene(

@@ -123,7 +123,7 @@ def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = 
     tokens = _write_tables(partial, version, scenes, config)
     if config.language:
         logs = [log for log, _ in scenes]
-        write_language(partial, version, logs, tokens, config.seed, workers=config.workers)
+        write_language(partial, version, logs, tokens, config.seed)
     _write_town_file(partial, version, config)
     if out.exists():
         out.rmdir()

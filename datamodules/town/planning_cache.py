@@ -46,15 +46,21 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
     can_poses = recorded.can_bus(log.name, "pose")
     can_steers = recorded.can_bus(log.name, "steeranglefeedback")
     seen_at = annotated_at(log.name, tokens)
+    rows = [recorded.sample_rows[tokens.sample(log.name, k)] for k in range(KEYFRAMES_PER_SCENE)]
+    times = np.array([row["timestamp"] for row in rows])
+    cans = pose_vectors(can_poses, times)
+    speeds = [can_poses[n]["vel"][0] for n in nearest(can_poses, times)] if can_poses else None
+    steers = [can_steers[n]["value"] for n in nearest(can_steers, times)] if can_steers else None
+    origins = np.array(
+        [to_lidar_origin(log, k * TICKS_PER_KEYFRAME) for k in range(KEYFRAMES_PER_SCENE)]
+    )
     infos = {}
-    for keyframe in range(KEYFRAMES_PER_SCENE):
+    for keyframe, row in enumerate(rows):
         token = tokens.sample(log.name, keyframe)
-        row = recorded.sample_rows[token]
         lidar = recorded.samples[token].sensors["LIDAR_TOP"]
-        time = np.array([row["timestamp"]])
-        can = pose_vectors(can_poses, time)[0]
-        speed = can_poses[nearest(can_poses, time)[0]]["vel"][0] if can_poses else None
-        steering = can_steers[nearest(can_steers, time)[0]]["value"] if can_steers else None
+        can = cans[keyframe]
+        speed = speeds[keyframe] if speeds else None
+        steering = steers[keyframe] if steers else None
         infos[token] = {
             **_sensor_fields(recorded.samples[token]),
             "token": token,
@@ -71,7 +77,7 @@ def scene_infos(log: SceneLog, tokens: TokenIndex, recorded: Recorded) -> dict[s
             "fut_valid_flag": keyframe + WAYPOINTS < KEYFRAMES_PER_SCENE,
             "map_location": log.location,
             **agent_fields(log, keyframe, tokens, recorded, seen_at),
-            **ego_fields(log, keyframe, can, speed, steering),
+            **ego_fields(log, keyframe, origins, can, speed, steering),
         }
     return infos
 
@@ -93,6 +99,7 @@ def whole_future_tokens(name: str, tokens: TokenIndex) -> list[str]:
 def ego_fields(
     log: SceneLog,
     keyframe: int,
+    origins: FloatArray,
     can: FloatArray,
     can_speed: float | None,
     steering: float | None,
@@ -102,23 +109,21 @@ def ego_fields(
     Args:
         log: the scene.
         keyframe: t0.
+        origins: [40, 2] metres, where the lidar is at each key-frame.
         can: [18] the sample's CAN bus vector.
         can_speed: m/s along the heading at t0; None without CAN bus.
         steering: angle of the CAN bus in rad, left positive; None without CAN bus.
     """
-    keyframes = np.array(
-        [to_lidar_origin(log, k * TICKS_PER_KEYFRAME) for k in range(KEYFRAMES_PER_SCENE)]
-    )
-    known = keyframes[max(0, keyframe - HISTORY) : keyframe + 1]
+    known = origins[max(0, keyframe - HISTORY) : keyframe + 1]
     # Before the scene's start its first step is continued backwards.
-    first_step = keyframes[1] - keyframes[0]
+    first_step = origins[1] - origins[0]
     missing = HISTORY + 1 - len(known)
     extrapolated = known[0] - first_step * np.arange(missing, 0, -1)[:, None]
     tick = keyframe * TICKS_PER_KEYFRAME
     history = to_lidar(log, tick, np.concatenate([extrapolated, known]))
     # After the scene's end its last point is repeated.
     ahead = np.minimum(keyframe + np.arange(WAYPOINTS + 1), KEYFRAMES_PER_SCENE - 1)
-    future = to_lidar(log, tick, keyframes[ahead])
+    future = to_lidar(log, tick, origins[ahead])
     mask = keyframe + np.arange(1, WAYPOINTS + 1) < KEYFRAMES_PER_SCENE
     offset_m = future[-1, 0]
     command = [offset_m >= TURN_OFFSET_M, offset_m <= -TURN_OFFSET_M, abs(offset_m) < TURN_OFFSET_M]
@@ -174,10 +179,6 @@ def agent_fields(
     ids = tokens.annotated[log.name, keyframe]
     tick = keyframe * TICKS_PER_KEYFRAME
     right_yaw = log.ego.track.yaw[tick] - np.pi / 2  # heading of the lidar's x axis
-    seen_at = {
-        number: [k for k in range(KEYFRAMES_PER_SCENE) if number in tokens.annotated[log.name, k]]
-        for number in ids
-    }
     count = len(ids)
     boxes = np.zeros((count, 7))
     velocity = np.zeros((count, 2))

@@ -10,6 +10,7 @@ import pytest
 from datamodules.array_pickles import load_arrays
 from datamodules.gpt_driver import FIELDS
 from datamodules.town.language import split_of
+from datamodules.town.log import TICKS_PER_KEYFRAME
 from datamodules.town.planning_cache import (
     annotated_at,
     ego_fields,
@@ -17,6 +18,7 @@ from datamodules.town.planning_cache import (
     whole_future_tokens,
 )
 from datamodules.town.recorded import pose_matrix
+from datamodules.town.scene_facts import to_lidar_origin
 from odvla.errors import UserError
 
 # Every key that section 2.5 of the data set notes lists for the public cache.
@@ -157,7 +159,8 @@ def test_state_and_plan_on_a_circle(told, radius_m, command):
         log = dataclasses.replace(log, ego=dataclasses.replace(log.ego, track=mirrored))
     can = np.arange(18.0)
     lever = math.hypot(radius_m, 0.943713)
-    fields = ego_fields(log, 10, can, 13.0, 0.2)
+    origins = np.array([to_lidar_origin(log, k * TICKS_PER_KEYFRAME) for k in range(40)])
+    fields = ego_fields(log, 10, origins, can, 13.0, 0.2)
     # A chord of the lidar's circle subtends the angle that the car turned.
     chords = np.linalg.norm(fields["gt_ego_fut_trajs"][1:], axis=1)
     turned = speed * 0.5 * np.arange(1, 7) / lever
@@ -168,10 +171,10 @@ def test_state_and_plan_on_a_circle(told, radius_m, command):
     expected = [0, axle, 7, 8, 0, 4.084, 1.85, 13, -2 * 0.2 / 2.588]
     np.testing.assert_allclose(fields["gt_ego_lcf_feat"], expected, atol=1e-5)
     boston = dataclasses.replace(log, road=dataclasses.replace(log.road, location="boston-seaport"))
-    there = ego_fields(boston, 10, can, 13.0, 0.2)["gt_ego_lcf_feat"]
+    there = ego_fields(boston, 10, origins, can, 13.0, 0.2)["gt_ego_lcf_feat"]
     assert there[8] == pytest.approx(0.4 / 2.588)
     # Without CAN bus, the speed comes from the poses, and the steering is unknown.
-    bare = ego_fields(log, 10, np.zeros(18), None, None)["gt_ego_lcf_feat"]
+    bare = ego_fields(log, 10, origins, np.zeros(18), None, None)["gt_ego_lcf_feat"]
     np.testing.assert_allclose(bare[[2, 3, 7, 8]], [0, 0, axle, 0], atol=1e-5)
 
 
