@@ -72,7 +72,8 @@ def tiny() -> ExperimentConfig:
                 SceneSamplerConfig(
                     source="bev", rows=5, columns=4, pooling="mean", region_m=(-16, 16, -8, 32)
                 ),
-                AgentQueriesConfig(max_tokens=12, score_threshold=0.25, birth_threshold=0.25),
+                # Half of the cars ahead score below 0.25; a token that is none costs a plan less.
+                AgentQueriesConfig(max_tokens=16, score_threshold=0.12, birth_threshold=0.25),
                 MapQueriesConfig(queries=12, max_tokens=8),
             ),
             language=LanguageConfig(
