@@ -123,7 +123,7 @@ class ImageBackbone(nn.Module):
             One map [I, C_s, ceil(h / s), ceil(w / s)] for each stride s.
         """
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
-        # Everything after follows this layout: convolutions take half the time of NCHW's on a CPU.
+        # Everything after follows this layout, which convolutions of a CPU want.
         x = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
