@@ -75,6 +75,11 @@ def slow() -> Sweep:
     """Long enough to be interrupted."""
     seeing = replace(base(), run=("perception",))
     return Sweep("slow", seeing, (settings("stages.perception.steps", 12, 13),))
+
+
+def slow_alone() -> Sweep:
+    """One such point."""
+    return replace(slow(), name="slow_alone", axes=(settings("stages.perception.steps", 12),))
 '''
 
 
@@ -320,9 +325,11 @@ def kill_once_begun(folder, killed, over):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", ["processes", "ray"])
+@pytest.mark.parametrize(
+    ("launcher", "name", "points"), [("processes", "slow", 2), ("ray", "slow_alone", 1)]
+)
 def test_a_killed_worker_costs_an_attempt_and_nothing_else(
-    launcher, declared, town_root, monkeypatch
+    launcher, name, points, declared, town_root, monkeypatch
 ):
     if launcher == "ray":
         ray = pytest.importorskip("ray")
@@ -331,18 +338,18 @@ def test_a_killed_worker_costs_an_attempt_and_nothing_else(
     killed: list[int] = []
     over = threading.Event()  # however long a busy machine takes
     watcher = threading.Thread(
-        target=kill_once_begun, args=(declared / "runs" / "slow", killed, over), daemon=True
+        target=kill_once_begun, args=(declared / "runs" / name, killed, over), daemon=True
     )
     watcher.start()
     try:
-        assert sweep("slow", town_root, "--launcher", launcher, "--retries", "1") == 0
+        assert sweep(name, town_root, "--launcher", launcher, "--retries", "1") == 0
     finally:
         over.set()
         if launcher == "ray":
             ray.shutdown()
     watcher.join()
     assert killed
-    assert len(list((declared / "runs" / "slow").glob("points/*/results.json"))) == 2
+    assert len(list((declared / "runs" / name).glob("points/*/results.json"))) == points
 
 
 def test_the_slurm_script_submits_each_task_once_in_the_right_order(declared, town_root):
