@@ -2,7 +2,8 @@
 
     python benchmarks/muon.py [EXPERIMENT] [key=value ...]
 
-The matrices are those of the experiment's language model. Both take turns in one run.
+Ours takes matrices of one shape together; beside it stands what that gains. The matrices are those
+of the experiment's language model. All take turns in one run.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     shapes = [p.shape for p in language.layers.parameters() if p.ndim == 2]
     optimisers = {
         "torch.optim.Muon, bfloat16": torch.optim.Muon(matrices(shapes)),
+        "ours, fp32, one by one": Muon([{"params": matrices(shapes)}], largest_stacked=0),
         "ours, fp32": Muon([{"params": matrices(shapes)}]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in optimisers}

@@ -26,7 +26,6 @@ COMPONENTS = {
 # Of Muon, as torch.optim.Muon has them.
 MOMENTUM = 0.95
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, LEAST_NORM = (3.4445, -4.775, 2.0315), 5, 1e-7
-LARGEST_STACKED = 2**20  # numbers of a matrix that is taken together with others
 
 
 @dataclass(frozen=True)
@@ -191,9 +190,11 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: of matrices and filters, with "lr" and "weight_decay".
+        largest_stacked: numbers of the largest matrix that is taken together with others.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], largest_stacked: int = 2**20) -> None:
+        self.largest_stacked = largest_stacked
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.1})
 
     @torch.no_grad()
@@ -201,14 +202,30 @@ class Muon(torch.optim.Optimizer):
         """One step."""
         loss = _loss_of(closure)
         for group in self.param_groups:
-            learning = [weight for weight in group["params"] if weight.grad is not None]
-            directions = [self._direction(weight) for weight in learning]
-            for weight, step in zip(learning, orthogonal_of_each(directions), strict=True):
-                # With this factor a rate means about what it means to AdamW, whatever the shape.
-                length = 0.2 * math.sqrt(max(step.shape))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(step.view_as(weight), alpha=-group["lr"] * length)
+            for weights in self._alike(group["params"]):
+                steps = orthogonal_together([self._direction(weight) for weight in weights])
+                for weight, step in zip(weights, steps, strict=True):
+                    # So a rate means about what it means to AdamW, whatever the shape.
+                    length = 0.2 * math.sqrt(max(step.shape))
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(step.view_as(weight), alpha=-group["lr"] * length)
         return loss
+
+    def _alike(self, parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+        """Those that learn: small matrices of one shape, up to turning, together; the others alone.
+
+        A product of small matrices keeps neither two threads nor a GPU busy. Large ones do, and
+        stacked copies of them would need much memory; sharded ones cannot be stacked.
+        """
+        found: dict[Any, list[nn.Parameter]] = {}
+        for weight in parameters:
+            if weight.grad is None:
+                continue
+            alone = weight.numel() > self.largest_stacked or isinstance(weight, DTensor)
+            shape = len(weight), weight.numel() // len(weight)
+            key = id(weight) if alone else (*sorted(shape), weight.device)
+            found.setdefault(key, []).append(weight)
+        return found.values()
 
     def _direction(self, weight: nn.Parameter) -> torch.Tensor:
         """Where Nesterov's momentum leads, as a matrix."""
@@ -221,26 +238,14 @@ class Muon(torch.optim.Optimizer):
         return ahead.float() if ahead.device.type == "cpu" else ahead.bfloat16()
 
 
-def orthogonal_of_each(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """See `orthogonal`; small matrices of one shape are taken together.
-
-    A product of small matrices keeps neither two threads nor a GPU busy. Sharded ones are taken
-    one by one, as are large ones, of which copies would need much memory.
-    """
-    found: dict[int, torch.Tensor] = {}
-    stacks: dict[Any, list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        together = matrix.numel() <= LARGEST_STACKED and not isinstance(matrix, DTensor)
-        shape = tuple(sorted(matrix.shape)), matrix.device
-        stacks.setdefault(shape if together else place, []).append(place)
-    for places in stacks.values():
-        if len(places) == 1:
-            found[places[0]] = orthogonal(matrices[places[0]])
-            continue
-        stack = torch.stack([_wide(matrices[place]) for place in places])
-        for place, step in zip(places, orthogonal(stack), strict=True):
-            found[place] = step if _is_wide(matrices[place]) else step.T
-    return [found[place] for place in range(len(matrices))]
+def orthogonal_together(matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """See `orthogonal`, of several that have one shape, turned or not."""
+    if len(matrices) == 1:
+        return [orthogonal(matrices[0])]
+    steps = orthogonal(torch.stack([_wide(matrix) for matrix in matrices]))
+    return [
+        step if _is_wide(matrix) else step.T for step, matrix in zip(steps, matrices, strict=True)
+    ]
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -203,8 +203,9 @@ def test_a_run_starts_from_any_handoff(config, runs, tmp_path, monkeypatch):
 
 
 def test_what_started_from_a_handoff_is_tested_with_its_vocabulary(config, runs, tmp_path):
-    # The texts of stage 2.5 alone would make a smaller one.
-    alone = replace(config, run=("interaction",))
+    # Its own settings would make a smaller one.
+    tokenizer = replace(config.tokenizer, vocab_size=300)
+    alone = replace(config, run=("interaction",), tokenizer=tokenizer)
     fit(alone, tmp_path, runs / "smoke" / "perception")
     path = tmp_path / "smoke" / "interaction" / "predictions.jsonl"
     before = path.read_bytes()

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from odvla.errors import UserError
-from stages import optimisation
 from stages.optimisation import (
     COMPONENTS,
     Muon,
@@ -15,7 +14,6 @@ from stages.optimisation import (
     OptimiserConfig,
     muon_weights,
     orthogonal,
-    orthogonal_of_each,
     parameter_groups,
     trained_counts,
 )
@@ -122,14 +120,21 @@ def test_the_singular_values_alone_go_through_the_polynomial(shape):
     torch.testing.assert_close(found, (left * values @ right).float(), atol=1e-4, rtol=1e-4)
 
 
-def test_matrices_of_one_shape_are_orthogonal_together_as_they_are_alone(monkeypatch):
-    generator = torch.Generator().manual_seed(4)
-    shapes = [(4, 9), (6, 6), (9, 4), (4, 9), (6, 6), (3, 5), (12, 12), (12, 12)]
-    monkeypatch.setattr(optimisation, "LARGEST_STACKED", 100)  # the last two stay alone
-    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
-    together = orthogonal_of_each(matrices)
-    for matrix, found in zip(matrices, together, strict=True):
-        torch.testing.assert_close(found, orthogonal(matrix))
+def test_matrices_of_one_shape_learn_together_as_they_do_alone():
+    def learned(largest_stacked):
+        generator = torch.Generator().manual_seed(4)
+        shapes = [(4, 9), (6, 6), (9, 4), (4, 9), (4, 1, 3, 3), (3, 5), (12, 12), (12, 12)]
+        weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimiser = Muon([{"params": weights, "lr": 0.1}], largest_stacked)
+        for _ in range(2):
+            optimiser.zero_grad()
+            sum(((weight - 1) ** 3).sum() for weight in weights).backward()
+            optimiser.step()
+        return weights
+
+    alone = learned(0)
+    for largest_stacked in (100, 1000):  # the last two stay alone, or do not
+        torch.testing.assert_close(learned(largest_stacked), alone)
 
 
 def test_muon_on_a_cpu_is_torchs_to_the_rounding_of_bfloat16():
