@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -16,19 +16,25 @@ Record = dict[str, Any]
 
 
 class WritePredictions(Callback):
-    """Writes the records that test_step returns, sorted, the same at any number of processes.
+    """Writes the records of a test or a validation, sorted, the same at any number of processes.
 
     Args:
-        path: predictions.jsonl; it appears when the test is over.
+        path: predictions.jsonl; it appears when all are there.
+        during: whose steps return them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, during: Literal["test", "validation"] = "test") -> None:
         self.path = path
+        self.during = during
         self.records: list[Record] = []
 
     def on_test_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Forget an earlier test."""
-        self.records = []
+        self._start("test")
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Forget an earlier validation."""
+        self._start("validation")
 
     def on_test_batch_end(
         self,
@@ -40,10 +46,39 @@ class WritePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's records."""
-        self.records += outputs["records"]
+        self._keep("test", outputs)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's records."""
+        self._keep("validation", outputs)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Collect all processes' records and write them."""
+        self._write("test", trainer)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Collect all processes' records and write them."""
+        self._write("validation", trainer)
+
+    def _start(self, what: str) -> None:
+        if what == self.during:
+            self.records = []
+
+    def _keep(self, what: str, outputs: Any) -> None:
+        if what == self.during:
+            self.records += outputs["records"]
+
+    def _write(self, what: str, trainer: lightning.Trainer) -> None:
+        if what != self.during:
+            return
         parts: list[Any] = [self.records]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [None] * trainer.world_size

@@ -271,10 +271,15 @@ class NuScenesDataModule(lightning.LightningDataModule):
         """Every key-frame of a split, scene by scene."""
         return [n for scene in self.scenes(split) for n in range(scene.first, scene.last)]
 
+    @property
+    def tests_on_val(self) -> bool:
+        """Whether the test split is the val split: all versions but v1.0-test."""
+        return self.config.version != "v1.0-test"
+
     def scenes(self, split: str) -> tuple[SceneRecord, ...]:
         """Scenes of a split in table order, cut to train_scenes or eval_scenes."""
         limit = self.config.train_scenes if split == "train" else self.config.eval_scenes
-        if split == "test" and self.config.version != "v1.0-test":
+        if split == "test" and self.tests_on_val:
             split = "val"
         return self.index.scenes_of(split)[: limit or None]
 

@@ -284,17 +284,15 @@ class StageRun:
     def evaluate(
         self, module: StageModule, data: NuScenesDataModule, logger: Any
     ) -> dict[str, float]:
-        """Loss and predictions on the val split."""
-        predictions = WritePredictions(self.folder / PREDICTIONS)
+        """Loss and predictions on the val split, in one go where one look gives both."""
+        once = module.predicts_in_validation and data.tests_on_val
+        predictions = WritePredictions(self.folder / PREDICTIONS, "validation" if once else "test")
         strategy = evaluation_strategy(self.shop.config.trainer)
         trainer = self._trainer([predictions], strategy, logger=logger)
-        metrics: dict[str, float] = {}
-        for found in (
-            *trainer.validate(module, data, verbose=False),
-            *trainer.test(module, data, verbose=False),
-        ):
-            metrics |= {name: float(value) for name, value in found.items()}
-        return metrics
+        found = trainer.validate(module, data, verbose=False)
+        if not once:
+            found += trainer.test(module, data, verbose=False)
+        return {name: float(value) for part in found for name, value in part.items()}
 
     def _needs_initial(self) -> bool:
         """Whether initial weights fill anything that the parent, if there is one, does not."""

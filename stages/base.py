@@ -75,13 +75,15 @@ class StageLoss:
     """Loss of a batch.
 
     `weight` is what the loss is a mean over (labels, frames); 0 means that there was nothing to
-    learn and the loss is to be ignored. `state` is the temporal state after the batch.
+    learn and the loss is to be ignored. `state` is the temporal state after the batch, and `seen`
+    what was judged, where a prediction would be made of the same.
     """
 
     loss: Tensor
     weight: int
     parts: dict[str, Tensor] = field(default_factory=dict)
     state: VLAState | None = None
+    seen: Perception | None = None
 
 
 class WeightedMeans:
@@ -150,6 +152,15 @@ class StageModule(lightning.LightningModule):
         """Records of the next key-frames of the streamed scenes."""
         raise NotImplementedError
 
+    @property
+    def predicts_in_validation(self) -> bool:
+        """Whether a validation returns the records that a test of the same key-frames would."""
+        return False
+
+    def records_of(self, found: StageLoss, batch: Batch) -> list[Record]:
+        """Records of the key-frames that a validation has just judged."""
+        return []
+
     def configure_model(self) -> None:
         """Shard the model where a strategy wants that."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -175,11 +186,12 @@ class StageModule(lightning.LightningModule):
         self.log_dict(parts, batch_size=size)
         return found.loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Record]]:
         """Loss on the next key-frames of the streamed scenes."""
         found = self.loss_of(batch, self.streams.get("val"))
         self.streams["val"] = found.state
         self.means.add({"loss": found.loss, **found.parts}, found.weight)
+        return {"records": self.records_of(found, batch)}
 
     def on_validation_epoch_start(self) -> None:
         """Streams start anew."""

@@ -104,11 +104,25 @@ class PerceptionStage(StageModule):
             parts = self.criterion(*agents, *of_map)
         if not parts:
             raise UserError("no loss is left: stages.perception.losses or data.perception.targets")
-        return StageLoss(torch.stack(list(parts.values())).sum(), kept, parts, state)
+        return StageLoss(torch.stack(list(parts.values())).sum(), kept, parts, state, seen)
+
+    @property
+    def predicts_in_validation(self) -> bool:
+        """Unless the ground truth helps in a validation, as in UniAD's matching over a clip."""
+        return not isinstance(self.criterion, ClipCriterion)
+
+    def records_of(self, found: StageLoss, batch: Batch) -> list[Record]:
+        """Of what was judged: to look again would take as long as the validation."""
+        if found.seen is None or not self.predicts_in_validation:
+            return []
+        return self._records(batch, found.seen)
 
     def predict_rows(self, batch: Batch) -> list[Record]:
         """Detections of every key-frame, and how far its map was met."""
         seen, self.streams["seeing"] = self.vla.perceive(batch.clip, self.streams.get("seeing"))
+        return self._records(batch, seen)
+
+    def _records(self, batch: Batch, seen: Perception) -> list[Record]:
         if not seen.agent_steps:
             return []
         found = seen.agent_steps[-1]

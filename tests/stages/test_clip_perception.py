@@ -258,3 +258,13 @@ def test_a_map_criterion_gets_the_head_and_the_valid_rows(make_tower):
     assert any(p.grad is not None and p.grad.any() for p in vla.queries["map"].parameters())
     without = PerceptionStageConfig(losses=LOSSES).build(vla)
     assert "map_class" not in without.loss_of(batch, None).parts
+
+
+def test_what_the_ground_truth_has_helped_to_see_is_no_prediction(make_tower):
+    stage = PerceptionStageConfig(losses=LOSSES).build(make_tower()).eval()
+    batch = batch_of()
+    found = stage.loss_of(batch, None)
+    assert found.weight > 0
+    assert not stage.predicts_in_validation
+    assert stage.records_of(found, batch) == []
+    assert stage.predict_rows(batch) != []

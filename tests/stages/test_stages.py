@@ -111,6 +111,20 @@ def test_a_stage_predicts_every_sample_once(name, make_vla, make_data, make_trai
         assert "driven" not in first["meta"]
 
 
+def test_one_look_gives_the_loss_and_the_records(make_vla, make_data, make_trainer, tmp_path):
+    stage, data = STAGES["perception"][0].build(make_vla()), make_data("plan", rows=2)
+    assert stage.predicts_in_validation
+    tested, judged = (tmp_path / f"{name}.jsonl" for name in ("test", "validation"))
+    make_trainer(WritePredictions(tested)).test(stage, data, verbose=False)
+    looks = []
+    stage.vla.encoder.register_forward_hook(lambda *_: looks.append(1))
+    trainer = make_trainer(WritePredictions(judged, "validation"), limit_val_batches=1.0)
+    (metrics,) = trainer.validate(stage, data, verbose=False)
+    assert judged.read_bytes() == tested.read_bytes() != b""
+    assert len(looks) == len(data.val_dataloader())
+    assert math.isfinite(metrics["val/loss"])
+
+
 def test_evaluation_carries_the_state_and_forgets_it_at_a_scene_start(make_vla, make_data):
     vla = make_vla().eval()
     stage = STAGES["perception"][0].build(vla)
