@@ -6,6 +6,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class SplitTexts:
     nucaption: list[dict[str, Any]] = field(default_factory=list)
     questions: list[dict[str, Any]] = field(default_factory=list)
     nux: dict[str, dict[str, str]] = field(default_factory=dict)
-    plans: list[str] = field(default_factory=list)  # sample tokens of split.json
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)  # TOD3Cap's, by scene name
     ledger: Ledger = field(default_factory=Ledger)
     graphs: dict[str, dict[str, GraphRecords]] = field(default_factory=dict)  # scene, sample
     scenes: dict[str, str] = field(default_factory=dict)  # scene token -> description
@@ -49,7 +50,12 @@ class SplitTexts:
 
 
 def write_language(
-    root: Path, version: str, logs: Sequence[SceneLog], tokens: TokenIndex, seed: int
+    root: Path,
+    version: str,
+    logs: Sequence[SceneLog],
+    tokens: TokenIndex,
+    seed: int,
+    pool: Executor | None = None,
 ) -> None:
     """Write all seven data sets under root/language.
 
@@ -61,43 +67,76 @@ def write_language(
         logs: the scenes, in the order of the tables.
         tokens: the tokens used in the tables.
         seed: of the town; chooses words and questions.
+        pool: processes that share the work; None: everything is done here. The bytes are the same.
 
     Raises:
         UserError: a table is missing, or a scene belongs to no official split.
     """
-    recorded = read_recorded(root, version)
-    texts = {split: SplitTexts() for split in SPLITS}
-    objects: dict[str, dict[str, Any]] = {}
-    cache: dict[str, dict[str, Any]] = {}
-    for log in logs:
-        split = split_of(log.name, version)
-        objects |= add_scene(log, texts[split], tokens, recorded, seed)
-        cache |= scene_infos(log, tokens, recorded)
-        texts[split].plans += (
-            whole_future_tokens(log.name, tokens)
-            if split == "train"
-            else [tokens.sample(log.name, k) for k in range(KEYFRAMES_PER_SCENE)]
-        )
+    of_split = {
+        split: [log for log in logs if split_of(log.name, version) == split] for split in SPLITS
+    }
+    # A split's questions are balanced over all of its scenes: it is told by one process.
+    if pool is None:
+        told = {split: tell_split(root, version, of_split[split], tokens, seed) for split in SPLITS}
+        write_gpt_driver(root, version, logs, tokens)
+    else:
+        plans = pool.submit(write_gpt_driver, root, version, logs, tokens)
+        val = pool.submit(tell_split, root, version, of_split["val"], tokens, seed)
+        train = tell_split(root, version, of_split["train"], tokens, seed)
+        told = {"train": train, "val": val.result()}
+        plans.result()
     folder = root / "language"
-    _write_json(folder / "final_caption_bbox_token.json", objects)
-    for split, text in texts.items():
+    objects = {name: own for text in told.values() for name, own in text.objects.items()}
+    _write_json(
+        folder / "final_caption_bbox_token.json",
+        {token: record for log in logs for token, record in objects[log.name].items()},
+    )
+    for split, text in told.items():
         _write_json(folder / "nucaption" / f"{split}.json", text.nucaption)
         _write_json(
             folder / "nuscenes_qa" / f"NuScenes_{split}_questions.json",
             {"info": INFO, "questions": text.questions},
         )
         _write_json(folder / "nux" / f"Nu_X_{split}.json", text.nux)
-    _write_drivelm(folder / "drivelm", texts)
-    for split, text in texts.items():
+    _write_drivelm(folder / "drivelm", told)
+    for split, text in told.items():
         for token, files in text.omnidrive.items():
             for part, content in files.items():
                 _write_json(folder / "omnidrive" / part / split / f"{token}.json", content)
-    plans = {split: text.plans for split, text in texts.items()}
-    _write_json(folder / "gpt_driver" / "split.json", plans)
-    path = folder / "gpt_driver" / "cached_nuscenes_info.pkl"
+
+
+def tell_split(
+    root: Path, version: str, logs: Sequence[SceneLog], tokens: TokenIndex, seed: int
+) -> SplitTexts:
+    """Compose the texts of a split's scenes; see write_language."""
+    recorded = read_recorded(root, version)
+    texts = SplitTexts()
+    for log in logs:
+        texts.objects[log.name] = add_scene(log, texts, tokens, recorded, seed)
+    return texts
+
+
+def write_gpt_driver(
+    root: Path, version: str, logs: Sequence[SceneLog], tokens: TokenIndex
+) -> None:
+    """Write GPT-Driver's cached info of all scenes, its splits and its lines of training."""
+    recorded = read_recorded(root, version)
+    cache: dict[str, dict[str, Any]] = {}
+    plans: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for log in logs:
+        cache |= scene_infos(log, tokens, recorded)
+        split = split_of(log.name, version)
+        plans[split] += (
+            whole_future_tokens(log.name, tokens)
+            if split == "train"
+            else [tokens.sample(log.name, k) for k in range(KEYFRAMES_PER_SCENE)]
+        )
+    folder = root / "language" / "gpt_driver"
+    _write_json(folder / "split.json", plans)
+    path = folder / "cached_nuscenes_info.pkl"
     path.write_bytes(pickle.dumps(cache, protocol=PICKLE_PROTOCOL))
     lines = [json.dumps(fine_tuning_line(cache[token])) for token in plans["train"]]
-    (folder / "gpt_driver" / "train.json").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "train.json").write_text("\n".join(lines), encoding="utf-8")
 
 
 def add_scene(

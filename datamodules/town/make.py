@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -114,16 +116,17 @@ def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = 
     for location in sorted({location for _, location in names}):
         _write_map(partial, _road(location, config.seed), config.seed)
     done: dict[int, tuple[SceneLog, list[KeyframeView]]] = {}
-    for index, result in _run(jobs, config.workers):
-        done[index] = result
-        if progress is not None:
-            progress(len(done), len(jobs))
-    scenes = [done[index] for index in range(len(jobs))]
-    version = version_of(config.scenes)
-    tokens = _write_tables(partial, version, scenes, config)
-    if config.language:
-        logs = [log for log, _ in scenes]
-        write_language(partial, version, logs, tokens, config.seed)
+    with _processes(min(config.workers, len(jobs))) as pool:
+        for index, result in _run(jobs, pool):
+            done[index] = result
+            if progress is not None:
+                progress(len(done), len(jobs))
+        scenes = [done[index] for index in range(len(jobs))]
+        version = version_of(config.scenes)
+        tokens = _write_tables(partial, version, scenes, config)
+        if config.language:
+            logs = [log for log, _ in scenes]
+            write_language(partial, version, logs, tokens, config.seed, pool)
     _write_town_file(partial, version, config)
     if out.exists():
         out.rmdir()
@@ -166,25 +169,34 @@ def _renderer(location: str, seed: int, image_size: tuple[int, int]) -> SceneRen
     return SceneRenderer(_road(location, seed), *image_size)
 
 
-def _run(
-    jobs: list[SceneJob], workers: int
-) -> Iterator[tuple[int, tuple[SceneLog, list[KeyframeView]]]]:
-    """Scenes as they become ready, in any order."""
-    if workers == 1 or len(jobs) == 1:
-        for job in jobs:
-            with threadpool_limits(1):
-                result = make_scene(job)
-            yield job.index, result
+@contextmanager
+def _processes(count: int) -> Iterator[Executor | None]:
+    """Processes beside this one; None where one is enough, which is then this one."""
+    if count == 1:
+        yield None
         return
     # Started afresh, because a forked copy of a process with numerical threads may hang.
     context = multiprocessing.get_context("spawn")
-    workers = min(workers, len(jobs))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        waiting = {pool.submit(make_scene, job): job.index for job in jobs}
-        while waiting:
-            ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                yield waiting.pop(future), future.result()
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+        yield pool
+
+
+def _run(
+    jobs: list[SceneJob], pool: Executor | None
+) -> Iterator[tuple[int, tuple[SceneLog, list[KeyframeView]]]]:
+    """Scenes as they become ready, in any order."""
+    if pool is None:
+        for job in jobs:
+            with threadpool_limits(1):
+                result = make_scene(job)
+            # As processes hand it over: a pickle made of it tells equal objects from the same one.
+            yield job.index, pickle.loads(pickle.dumps(result))
+        return
+    waiting = {pool.submit(make_scene, job): job.index for job in jobs}
+    while waiting:
+        ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in ready:
+            yield waiting.pop(future), future.result()
 
 
 def _one_thread() -> None:
