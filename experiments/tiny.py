@@ -41,6 +41,8 @@ SEE = OptimiserConfig(
     warmup=0.08,
     weight_decay=0.01,
     betas=(0.9, 0.98),
+    muon=6.0,
+    muon_components=("backbone", "encoder", "queries"),
 )
 SPEAK = OptimiserConfig(
     lr=LearningRates(projectors=5e-4, language=5e-4),
@@ -49,6 +51,8 @@ SPEAK = OptimiserConfig(
     weight_decay=0.01,
     betas=(0.9, 0.98),
     muon=10.0,
+    # Projectors, too: at AdamW's rate they hardly move while the language model turns over.
+    muon_components=("projectors", "language"),
 )
 # Scenes of a town of 75 that are evaluated side by side: all of its val split.
 VAL_SCENES = 13
@@ -70,7 +74,8 @@ def tiny() -> ExperimentConfig:
                 SceneSamplerConfig(
                     source="bev", rows=5, columns=4, pooling="mean", region_m=(-16, 16, -8, 32)
                 ),
-                AgentQueriesConfig(max_tokens=12, score_threshold=0.25, birth_threshold=0.25),
+                # Tokens of weak tracks, too: half of the cars ahead never score 0.25.
+                AgentQueriesConfig(max_tokens=16, score_threshold=0.12, birth_threshold=0.25),
                 MapQueriesConfig(queries=12, max_tokens=8),
             ),
             language=LanguageConfig(
@@ -103,7 +108,7 @@ def tiny() -> ExperimentConfig:
         tokenizer=TokenizerConfig(vocab_size=768),
         dialect=Dialect("compact"),
         stages=StagesConfig(
-            perception=PerceptionStageConfig(optimiser=SEE, steps=500, gradient_clip=5.0),
+            perception=PerceptionStageConfig(optimiser=SEE, steps=250, gradient_clip=5.0),
             # The paper's stage 1 trains projectors alone, for a language model that can speak.
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
@@ -178,7 +183,7 @@ def small() -> ExperimentConfig:
     """`tiny` for longer, with a larger language model, on a town of 200 scenes."""
     base = tiny()
     steps = {
-        "perception": 1500,
+        "perception": 750,
         "alignment": 200,
         "instruction": 400,
         "interaction": 150,
