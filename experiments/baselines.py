@@ -9,6 +9,8 @@ told: velocity, turn rate, accelerations, CAN bus, steering, two seconds of hist
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,13 +100,14 @@ class EgoMLP:
         is_held = torch.tensor([scene in held for scene in scenes])
         if is_held.all() or not is_held.any():
             is_held = torch.arange(len(scenes)) % 5 == 0
-        _, curve = self._train(
-            (inputs[~is_held], residual[~is_held], mask[~is_held]),
-            (inputs[is_held], residual[is_held], mask[is_held]),
-            self.config.epochs,
-        )
-        self.epochs = 1 + int(np.argmin(curve))
-        self._network, _ = self._train((inputs, residual, mask), None, self.epochs)
+        with _one_thread():
+            _, curve = self._train(
+                (inputs[~is_held], residual[~is_held], mask[~is_held]),
+                (inputs[is_held], residual[is_held], mask[is_held]),
+                self.config.epochs,
+            )
+            self.epochs = 1 + int(np.argmin(curve))
+            self._network, _ = self._train((inputs, residual, mask), None, self.epochs)
 
     def predict(self, ego: EgoState) -> FloatArray:
         """Plans [S, 6, 2] metres."""
@@ -142,6 +145,17 @@ class EgoMLP:
                 with torch.no_grad():
                     curve.append(float(_masked_distance(network(held_out[0]), *held_out[1:])))
         return network, curve
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The matrices are so small that to wake a second thread takes longer than to multiply them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _mlp(width_in: int, config: EgoMLPConfig, generator: torch.Generator) -> nn.Module:

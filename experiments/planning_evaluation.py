@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from experiments.planning_scores import (
     STANDING_STILL,
     PlanSet,
     Scored,
+    paired_scores,
+    paired_table,
     planning_tables,
     sample_records,
     score_planners,
@@ -51,6 +53,7 @@ ROWS = {
 }
 # The two tables that are always made; sweeps and older results know them by these names.
 OWN = {"odvla_stp3": "mean_up_to_t", "odvla_uniad": "value_at_t"}
+COMPARED = "odvla_stp3"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,15 @@ def evaluate_planning(
     readable: dict[str, float | None] = {p.name: p.readable_percent for p in model}
     tables = planning_tables(found, readable)
     numbers = {name: _numbers(scored, readable.get(name)) for name, scored in found.items()}
+    tests = paired_scores(found, MODEL, COMPARED)
+    title = f"{MODEL} less the others, mean up to t: L2 in m, collisions in %"
+    tables = (*tables, paired_table(MODEL, tests, title))
+    for test in tests:
+        numbers[test.other]["model_less_this"] = {
+            "protocol": COMPARED,
+            "l2_m": asdict(test.l2_m),
+            "collision_percent": asdict(test.collision_percent),
+        }
     samples = sample_records(truth, model[0], found[MODEL])
     result: dict[str, Any] = {"planning": numbers}
     if beyond:

@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.report import ResultTable
 from odvla.errors import UserError
-from odvla.metrics.intervals import Interval, bootstrap_steps
+from odvla.metrics.intervals import Interval, PairedTest, bootstrap_steps, paired_test
 from odvla.metrics.planning import (
     SECONDS,
     STEPS_PER_SECOND,
@@ -261,6 +261,77 @@ def planning_tables(
             )
         )
     return tuple(tables)
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """How much less a planner has than another, on the samples that a protocol scores of both."""
+
+    other: str
+    l2_m: PairedTest
+    collision_percent: PairedTest
+
+
+def paired_scores(
+    found: Mapping[str, Mapping[str, Scored]], planner: str, protocol: str
+) -> list[PairedScores]:
+    """A planner less every other one, each sample with its own averages (`per_sample`).
+
+    Args:
+        found: planner name -> protocol name -> scores.
+        planner: that is compared with the others.
+        protocol: under which.
+    """
+
+    def numbers(name: str) -> dict[str, tuple[float, float, str]]:
+        scored = found[name][protocol]
+        l2, collision, counted = per_sample(scored.samples, scored.scores.card)
+        rows = zip(scored.samples.names, l2, 100 * collision, scored.scenes, counted, strict=True)
+        return {token: (own, hit, scene) for token, own, hit, scene, counts in rows if counts}
+
+    mine, tests = numbers(planner), []
+    for other in (name for name in found if name != planner):
+        theirs = numbers(other)
+        shared = [token for token in mine if token in theirs]
+        if not shared:
+            continue
+        scenes = [mine[token][2] for token in shared]
+        l2, collision = (
+            paired_test(
+                np.array([theirs[token][place] for token in shared]),
+                np.array([mine[token][place] for token in shared]),
+                np.ones(len(shared), bool),
+                scenes,
+            )
+            for place in (0, 1)
+        )
+        tests.append(PairedScores(other, l2, collision))
+    return tests
+
+
+def paired_table(planner: str, tests: Sequence[PairedScores], title: str) -> ResultTable:
+    """How far a planner is from the others, and how sure that is."""
+
+    def cells(test: PairedTest, digits: int) -> tuple[str, str, str]:
+        low, value, high = test.difference.low, test.difference.value, test.difference.high
+        p_value = f"{test.p_value:.3f}" if test.p_value >= 0.0005 else "<.001"
+        return f"{value:+.{digits}f}", f"{low:+.2f},{high:+.2f}", p_value
+
+    first = tests[0].l2_m
+    return ResultTable(
+        title=title,
+        columns=("L2", "95 %", "p", "col", "95 % ", "p "),
+        rows=tuple(
+            (
+                test.other.replace(f"{planner},", "itself,"),
+                (*cells(test.l2_m, 3), *cells(test.collision_percent, 2)),
+            )
+            for test in tests
+        ),
+        note=f"{first.samples} samples, each with the average of its recorded steps; "
+        f"{first.difference.scenes} scenes, resampled whole; p: signs of whole scenes flipped. "
+        f"Below zero {planner} is better; of trainings with other seeds it says nothing.",
+    )
 
 
 def sample_records(

@@ -76,7 +76,21 @@ def test_planning_table_holds_the_closed_forms():
     speed = np.mean([f.ego.heading_speed.item() for f in data.evaluation_frames("val")])
     still = found["OpenDriveVLA, vision zeroed"]["value_at_t"]["l2_m"]
     assert still == pytest.approx([speed, 2 * speed, 3 * speed], rel=1e-5)
-    assert len({table.title for table in result.tables}) == 3
+    assert len({table.title for table in result.tables}) == 4
+    # Sample by sample: always half a metre more than what is exact, and never a collision.
+    against = found["constant velocity"]["model_less_this"]
+    difference = against["l2_m"]["difference"]
+    assert [difference[name] for name in ("low", "value", "high")] == pytest.approx([0.5] * 3)
+    assert difference["scenes"] == 6
+    assert against["l2_m"]["p_value"] == pytest.approx(2 / 2**6)  # all signs, or none
+    assert against["collision_percent"]["difference"]["value"] == 0
+    assert against["collision_percent"]["p_value"] == 1
+    assert "model_less_this" not in model
+    (paired,) = (table for table in result.tables if "less the others" in table.title)
+    assert len(paired.rows) == len(found) - 1
+    assert ("constant velocity", ("+0.500", "+0.50,+0.50", "0.031")) in [
+        (name, cells[:3]) for name, cells in paired.rows
+    ]
     uniad = model["protocols"]["uniad"]
     assert uniad["l2_avg_m"] == pytest.approx(0.5, abs=1e-5)
     assert uniad["card"]["samples"] == "reference"
