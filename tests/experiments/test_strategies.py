@@ -79,10 +79,12 @@ def test_deepspeed_that_cannot_run_is_refused_before_anything_starts(monkeypatch
         check_sharing(config)
     config = replace(config, trainer=replace(config.trainer, accelerator="gpu"))
     with pytest.raises(
-        UserError, match=r"stages\.alignment\.optimiser\.muon needs them as matrices"
+        UserError, match=r"stages\.perception\.optimiser\.muon needs them as matrices"
     ):
         check_sharing(config)
-    check_sharing(replace(config, run=("perception",)))
+    check_sharing(
+        apply_overrides(config, ("run=[perception]", "stages.perception.optimiser.muon=0"))
+    )
     check_sharing(find_experiment("smoke"))
     with pytest.raises(UserError, match="deepspeed_2"):
         apply_overrides(find_experiment("smoke"), ("trainer.strategy=deepspeed_3",))

@@ -49,7 +49,9 @@ def base():
         stages=replace(
             stages,
             perception=replace(stages.perception, steps=2, checkpoint_every=1),
-            planning=replace(stages.planning, steps=2, checkpoint_every=1, feature_cache=True),
+            planning=replace(
+                stages.planning, steps=2, checkpoint_every=1, feature_cache=True, ablations=()
+            ),
         ),
     )
 
