@@ -20,21 +20,17 @@ class WritePredictions(Callback):
 
     Args:
         path: predictions.jsonl; it appears when all are there.
-        during: whose steps return them.
+        during: whose steps return them, as Lightning calls it.
     """
 
-    def __init__(self, path: Path, during: Literal["test", "validation"] = "test") -> None:
+    def __init__(self, path: Path, during: Literal["test", "validate"] = "test") -> None:
         self.path = path
         self.during = during
         self.records: list[Record] = []
 
     def on_test_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Forget an earlier test."""
-        self._start("test")
-
-    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Forget an earlier validation."""
-        self._start("validation")
+        """Forget what an earlier one returned."""
+        self.records = []
 
     def on_test_batch_end(
         self,
@@ -46,38 +42,11 @@ class WritePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's records."""
-        self._keep("test", outputs)
-
-    def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch's records."""
-        self._keep("validation", outputs)
+        self.records += outputs["records"]
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Collect all processes' records and write them."""
-        self._write("test", trainer)
-
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Collect all processes' records and write them."""
-        self._write("validation", trainer)
-
-    def _start(self, what: str) -> None:
-        if what == self.during:
-            self.records = []
-
-    def _keep(self, what: str, outputs: Any) -> None:
-        if what == self.during:
-            self.records += outputs["records"]
-
-    def _write(self, what: str, trainer: lightning.Trainer) -> None:
-        if what != self.during:
+        if trainer.state.fn != self.during:
             return
         parts: list[Any] = [self.records]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -87,6 +56,10 @@ class WritePredictions(Callback):
             records = sorted((record for part in parts for record in part), key=_order)
             write_atomically(self.path, "".join(map(_line, records)).encode())
         self.records = []
+
+    on_validation_epoch_start = on_test_epoch_start
+    on_validation_batch_end = on_test_batch_end
+    on_validation_epoch_end = on_test_epoch_end
 
 
 def _order(record: Record) -> tuple[str, str, str]:

@@ -286,7 +286,7 @@ class StageRun:
     ) -> dict[str, float]:
         """Loss and predictions on the val split, in one go where one look gives both."""
         once = module.predicts_in_validation and data.tests_on_val
-        predictions = WritePredictions(self.folder / PREDICTIONS, "validation" if once else "test")
+        predictions = WritePredictions(self.folder / PREDICTIONS, "validate" if once else "test")
         strategy = evaluation_strategy(self.shop.config.trainer)
         trainer = self._trainer([predictions], strategy, logger=logger)
         found = trainer.validate(module, data, verbose=False)

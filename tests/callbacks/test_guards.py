@@ -13,7 +13,8 @@ from odvla.encoders.protocol import fake_frames
 from odvla.errors import UserError
 from odvla.types import Batch
 
-TRAINER = SimpleNamespace(global_step=7, is_global_zero=True, world_size=1)
+TESTING = SimpleNamespace(fn="test")
+TRAINER = SimpleNamespace(global_step=7, is_global_zero=True, world_size=1, state=TESTING)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -118,7 +118,7 @@ def test_one_look_gives_the_loss_and_the_records(make_vla, make_data, make_train
     make_trainer(WritePredictions(tested)).test(stage, data, verbose=False)
     looks = []
     stage.vla.encoder.register_forward_hook(lambda *_: looks.append(1))
-    trainer = make_trainer(WritePredictions(judged, "validation"), limit_val_batches=1.0)
+    trainer = make_trainer(WritePredictions(judged, "validate"), limit_val_batches=1.0)
     (metrics,) = trainer.validate(stage, data, verbose=False)
     assert judged.read_bytes() == tested.read_bytes() != b""
     assert len(looks) == len(data.val_dataloader())
