@@ -9,13 +9,12 @@ told: velocity, turn rate, accelerations, CAN bus, steering, two seconds of hist
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from odvla.types import COMMANDS, STEP_S, WAYPOINTS, EgoState
@@ -100,7 +99,8 @@ class EgoMLP:
         is_held = torch.tensor([scene in held for scene in scenes])
         if is_held.all() or not is_held.any():
             is_held = torch.arange(len(scenes)) % 5 == 0
-        with _one_thread():
+        # Matrices so small that to wake a second thread takes longer than to multiply them.
+        with threadpool_limits(1):
             _, curve = self._train(
                 (inputs[~is_held], residual[~is_held], mask[~is_held]),
                 (inputs[is_held], residual[is_held], mask[is_held]),
@@ -145,17 +145,6 @@ class EgoMLP:
                 with torch.no_grad():
                     curve.append(float(_masked_distance(network(held_out[0]), *held_out[1:])))
         return network, curve
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The matrices are so small that to wake a second thread takes longer than to multiply them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _mlp(width_in: int, config: EgoMLPConfig, generator: torch.Generator) -> nn.Module:
