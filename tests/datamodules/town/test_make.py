@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nuscenes.utils.geometry_utils import view_points
 from nuscenes.utils.splits import create_splits_scenes
 
 from datamodules.town.log import KEYFRAMES_PER_SCENE, TICKS_PER_KEYFRAME
-from datamodules.town.make import TownConfig, make_town
+from datamodules.town.make import SceneJob, TownConfig, _run, make_town
 from datamodules.town.map_expansion import arcs
 from datamodules.town.roads import LOCATIONS, build_road_map
 from datamodules.town.scenario import simulate_scene
@@ -189,6 +190,19 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
     assert digest(towns[0]) == digest(towns[1])
     other = make_town(TownConfig(str(tmp_path / "other"), 1, (64, 36), seed=4, workers=1))
     assert digest(other)[0] != digest(towns[0])[0]
+
+
+def test_scenes_of_one_place_share_no_objects(tmp_path):
+    """As where processes made them: else a pickle of both would have other bytes."""
+    config = TownConfig(str(tmp_path), 2, (64, 36))
+    (tmp_path / "root").mkdir()
+    jobs = [
+        SceneJob(tmp_path / "root", name, LOCATIONS[0], number, config)
+        for number, name in enumerate(("scene-0061", "scene-0103"))
+    ]
+    first, second = (log for _, (log, _) in _run(jobs, None))
+    whole = pickle.dumps((first, second))
+    assert whole == pickle.dumps(tuple(pickle.loads(pickle.dumps(log)) for log in (first, second)))
 
 
 def test_a_full_folder_is_refused_and_left_alone(tmp_path):
