@@ -53,7 +53,7 @@ ROWS = {
 }
 # The two tables that are always made; sweeps and older results know them by these names.
 OWN = {"odvla_stp3": "mean_up_to_t", "odvla_uniad": "value_at_t"}
-COMPARED = "odvla_stp3"
+COMPARED = "odvla_stp3"  # of them: under which planners are tested against each other
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,14 @@ def evaluate_planning(
     tables = planning_tables(found, readable)
     numbers = {name: _numbers(scored, readable.get(name)) for name, scored in found.items()}
     tests = paired_scores(found, MODEL, COMPARED)
-    title = f"{MODEL} less the others, mean up to t: L2 in m, collisions in %"
-    tables = (*tables, paired_table(MODEL, tests, title))
+    if tests:
+        title = f"{MODEL} less the others, mean up to t: L2 in m, collisions in %"
+        tables = (*tables, paired_table(MODEL, tests, title))
     for test in tests:
         numbers[test.other]["model_less_this"] = {
             "protocol": COMPARED,
-            "l2_m": asdict(test.l2_m),
-            "collision_percent": asdict(test.collision_percent),
+            "l2_avg_m": asdict(test.l2_m),
+            "collision_avg": asdict(test.collision),
         }
     samples = sample_records(truth, model[0], found[MODEL])
     result: dict[str, Any] = {"planning": numbers}

@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.report import ResultTable
 from odvla.errors import UserError
-from odvla.metrics.intervals import Interval, PairedTest, bootstrap_steps, paired_test
+from odvla.metrics.intervals import Interval, PairedTest, bootstrap_steps, paired_by_sample
 from odvla.metrics.planning import (
     SECONDS,
     STEPS_PER_SECOND,
@@ -130,6 +130,16 @@ def per_sample(
     collision = _combined(hits, hit_counted, card.collision, card.samples == "reference")
     counted = hit_counted.any(1).numpy()
     return l2.numpy(), collision.numpy(), counted
+
+
+def averages_by_sample(scored: Scored) -> tuple[dict[str, float], dict[str, float]]:
+    """`per_sample` by sample token, of the samples that count: L2 (m) and collision (0 to 1)."""
+    l2, collision, counted = per_sample(scored.samples, scored.scores.card)
+    names = np.array(scored.samples.names)[counted].tolist()
+    return (
+        dict(zip(names, l2[counted].tolist(), strict=True)),
+        dict(zip(names, collision[counted].tolist(), strict=True)),
+    )
 
 
 def _combined(values: Tensor, counted: Tensor, convention: str, reference: bool) -> Tensor:
@@ -269,7 +279,7 @@ class PairedScores:
 
     other: str
     l2_m: PairedTest
-    collision_percent: PairedTest
+    collision: PairedTest  # a share of 1
 
 
 def paired_scores(
@@ -282,38 +292,26 @@ def paired_scores(
         planner: that is compared with the others.
         protocol: under which.
     """
-
-    def numbers(name: str) -> dict[str, tuple[float, float, str]]:
-        scored = found[name][protocol]
-        l2, collision, counted = per_sample(scored.samples, scored.scores.card)
-        rows = zip(scored.samples.names, l2, 100 * collision, scored.scenes, counted, strict=True)
-        return {token: (own, hit, scene) for token, own, hit, scene, counts in rows if counts}
-
-    mine, tests = numbers(planner), []
-    for other in (name for name in found if name != planner):
-        theirs = numbers(other)
-        shared = [token for token in mine if token in theirs]
-        if not shared:
+    mine, tests = averages_by_sample(found[planner][protocol]), []
+    for name, by_protocol in found.items():
+        if name == planner:
             continue
-        scenes = [mine[token][2] for token in shared]
+        other = by_protocol[protocol]
+        scene_of = dict(zip(other.samples.names, other.scenes, strict=True))
         l2, collision = (
-            paired_test(
-                np.array([theirs[token][place] for token in shared]),
-                np.array([mine[token][place] for token in shared]),
-                np.ones(len(shared), bool),
-                scenes,
-            )
-            for place in (0, 1)
+            paired_by_sample(theirs, own, scene_of)
+            for theirs, own in zip(averages_by_sample(other), mine, strict=True)
         )
-        tests.append(PairedScores(other, l2, collision))
+        if l2 is not None and collision is not None:
+            tests.append(PairedScores(name, l2, collision))
     return tests
 
 
 def paired_table(planner: str, tests: Sequence[PairedScores], title: str) -> ResultTable:
     """How far a planner is from the others, and how sure that is."""
 
-    def cells(test: PairedTest, digits: int) -> tuple[str, str, str]:
-        low, value, high = test.difference.low, test.difference.value, test.difference.high
+    def cells(test: PairedTest, scale: int, digits: int) -> tuple[str, str, str]:
+        low, value, high = (scale * getattr(test.difference, k) for k in ("low", "value", "high"))
         p_value = f"{test.p_value:.3f}" if test.p_value >= 0.0005 else "<.001"
         return f"{value:+.{digits}f}", f"{low:+.2f},{high:+.2f}", p_value
 
@@ -324,7 +322,7 @@ def paired_table(planner: str, tests: Sequence[PairedScores], title: str) -> Res
         rows=tuple(
             (
                 test.other.replace(f"{planner},", "itself,"),
-                (*cells(test.l2_m, 3), *cells(test.collision_percent, 2)),
+                (*cells(test.l2_m, 1, 3), *cells(test.collision, 100, 2)),
             )
             for test in tests
         ),
@@ -347,13 +345,7 @@ def sample_records(
         tokens = scored.samples.names
         hits[name] = dict(zip(tokens, scored.samples.hits.tolist(), strict=True))
         l2[scored.scores.card.driven] = dict(zip(tokens, scored.samples.l2_m.tolist(), strict=True))
-        average, collided, counted = per_sample(scored.samples, scored.scores.card)
-        for kept, values in ((averages, average), (collisions, collided)):
-            kept[name] = {
-                token: value
-                for token, value, counts in zip(tokens, values.tolist(), counted, strict=True)
-                if counts
-            }
+        averages[name], collisions[name] = averages_by_sample(scored)
     records = []
     for row, token in enumerate(truth.split.tokens):
         records.append(

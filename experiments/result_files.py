@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.planning_evaluation import MODEL
 from experiments.published_tables import PLAN_COLUMNS, published_plans
 from experiments.report import ResultTable
 from odvla.errors import UserError
-from odvla.metrics.intervals import PairedTest, paired_test
+from odvla.metrics.intervals import PairedTest, paired_by_sample
 from odvla.metrics.protocol import PRESETS, ProtocolCard, refuse_to_mix
 
 Record = dict[str, Any]
@@ -194,19 +192,17 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
             if protocol not in other.protocols:
                 continue
             refuse_to_mix([(first.name, first.card(protocol)), (other.name, other.card(protocol))])
-            tokens = [
-                token
-                for token, record in first.samples.items()
-                if protocol in record["l2_avg_m"]
-                and protocol in other.samples.get(token, {}).get("l2_avg_m", {})
-            ]
-            if tokens:
-                values = [
-                    np.array([r.samples[token]["l2_avg_m"][protocol] for token in tokens])
-                    for r in (first, other)
-                ]
-                scenes = [first.samples[token]["scene"] for token in tokens]
-                test = paired_test(values[0], values[1], np.ones(len(tokens), bool), scenes)
+            own, others = (
+                {
+                    token: record["l2_avg_m"][protocol]
+                    for token, record in result.samples.items()
+                    if protocol in record["l2_avg_m"]
+                }
+                for result in (first, other)
+            )
+            scene_of = {token: record["scene"] for token, record in first.samples.items()}
+            test = paired_by_sample(own, others, scene_of)
+            if test is not None:
                 found.append(Comparison(first.name, other.name, protocol, test))
     return found
 

@@ -8,7 +8,7 @@ Shape legend: S samples, G scenes, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +138,27 @@ def paired_test(
     observed = abs(total.sum()) * (1 - 1e-12)
     p_value = (float((flipped >= observed).sum()) + extra) / (len(flipped) + extra)
     return PairedTest(interval, p_value, int(np.asarray(counted).sum()))
+
+
+def paired_by_sample(
+    first: Mapping[str, float], second: Mapping[str, float], scene_of: Mapping[str, str]
+) -> PairedTest | None:
+    """`paired_test` on the samples that both planners have a number for; None where there is none.
+
+    Args:
+        first: a number a sample, by sample token.
+        second: of another planner; the difference is the second less the first.
+        scene_of: the scene of each sample.
+    """
+    tokens = [token for token in first if token in second]
+    if not tokens:
+        return None
+    return paired_test(
+        np.array([first[token] for token in tokens]),
+        np.array([second[token] for token in tokens]),
+        np.ones(len(tokens), bool),
+        [scene_of[token] for token in tokens],
+    )
 
 
 def _scene_sums(

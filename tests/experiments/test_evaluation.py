@@ -79,12 +79,12 @@ def test_planning_table_holds_the_closed_forms():
     assert len({table.title for table in result.tables}) == 4
     # Sample by sample: always half a metre more than what is exact, and never a collision.
     against = found["constant velocity"]["model_less_this"]
-    difference = against["l2_m"]["difference"]
+    difference = against["l2_avg_m"]["difference"]
     assert [difference[name] for name in ("low", "value", "high")] == pytest.approx([0.5] * 3)
     assert difference["scenes"] == 6
-    assert against["l2_m"]["p_value"] == pytest.approx(2 / 2**6)  # all signs, or none
-    assert against["collision_percent"]["difference"]["value"] == 0
-    assert against["collision_percent"]["p_value"] == 1
+    assert against["l2_avg_m"]["p_value"] == pytest.approx(2 / 2**6)  # all signs, or none
+    assert against["collision_avg"]["difference"]["value"] == 0
+    assert against["collision_avg"]["p_value"] == 1
     assert "model_less_this" not in model
     (paired,) = (table for table in result.tables if "less the others" in table.title)
     assert len(paired.rows) == len(found) - 1

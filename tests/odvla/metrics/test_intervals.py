@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from odvla.metrics.intervals import bootstrap, bootstrap_steps, paired_test
+from odvla.metrics.intervals import (
+    bootstrap,
+    bootstrap_steps,
+    paired_by_sample,
+    paired_test,
+)
 
 
 def scenes_of(groups, size):
@@ -84,3 +89,16 @@ def test_an_interval_is_of_the_number_that_is_printed():
     assert abs(np.quantile(slow, 0.025) - found.low) < 0.01
     with pytest.raises(ValueError, match="no step counts"):
         bootstrap_steps(values, np.zeros_like(counted), scenes, lambda means: means[..., 5])
+
+
+def test_planners_are_paired_on_the_samples_that_both_have():
+    first = {"a": 1.0, "b": 2.0, "c": 4.0, "only here": 9.0}
+    second = {"only there": 9.0, "c": 3.0, "b": 2.5, "a": 0.0}
+    scene_of = {"a": "s", "b": "s", "c": "t", "only here": "u"}
+    found = paired_by_sample(first, second, scene_of)
+    expected = paired_test(
+        np.array([1.0, 2.0, 4.0]), np.array([0.0, 2.5, 3.0]), np.ones(3, bool), ["s", "s", "t"]
+    )
+    assert found == expected
+    assert found.difference.value == pytest.approx(-0.5)
+    assert paired_by_sample(first, {"d": 1.0}, scene_of) is None
