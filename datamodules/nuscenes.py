@@ -124,6 +124,11 @@ class EvaluationFrame:
     ego: EgoState  # one row
 
 
+# Samples without images that are kept, a few kilobytes each: a planning stage comes back to each
+# of a small town's seven times. Of more key-frames, the first so many that are asked for.
+KEPT_SAMPLES = 10_000
+
+
 class FrameDataset(Dataset[Sample]):
     """Key-frames by ClipRequest. Holds arrays only, so that workers can have copies."""
 
@@ -141,6 +146,7 @@ class FrameDataset(Dataset[Sample]):
         self.loader = loader
         self.source = source
         self.unseen = unseen
+        self._kept: dict[ClipRequest, Sample] = {}
 
     def __getitem__(self, request: ClipRequest) -> Sample:
         """Read one row.
@@ -148,7 +154,12 @@ class FrameDataset(Dataset[Sample]):
         Raises:
             UserError: an image or a map is missing or broken; the sentence names it.
         """
-        return self.read(request, self.config.targets)
+        sample = self._kept.get(request)
+        if sample is None:
+            sample = self.read(request, self.config.targets)
+            if self.unseen and len(self._kept) < KEPT_SAMPLES:
+                self._kept[request] = sample
+        return sample
 
     def read(
         self,

@@ -20,6 +20,8 @@ from odvla.language.causal_lm import LanguageConfig
 from odvla.language.prompts import Dialect
 from odvla.losses.clip import ClipLossConfig
 from odvla.losses.panoptic_map import PanopticMapLossConfig
+from odvla.queries.agent import AgentQueriesConfig
+from odvla.queries.map import MapQueriesConfig
 from odvla.queries.panoptic_map import PanopticMapConfig
 from odvla.queries.scene import SceneSamplerConfig
 from odvla.queries.trackformer import TrackFormerConfig
@@ -94,6 +96,34 @@ def uniad_town() -> ExperimentConfig:
         run=("perception",),
         town=TownSettings(scenes=75, image_size=size),
         trainer=TrainerConfig(accelerator="cpu"),
+    )
+
+
+def bevformer_town() -> ExperimentConfig:
+    """The encoder of `uniad_town`, learned with query modules that teach it in minutes.
+
+    UniAD starts from a BEVFormer that was trained to detect. So can `uniad_town`:
+    `init.weights=runs/bevformer_town/perception 'init.parts=[encoder]'`.
+    """
+    base = uniad_town()
+    perception = base.stages.perception
+    assert perception is not None
+    return replace(
+        base,
+        name="bevformer_town",
+        model=replace(
+            base.model, queries=(SceneSamplerConfig(), AgentQueriesConfig(), MapQueriesConfig())
+        ),
+        data=replace(
+            base.data,
+            perception=replace(base.data.perception, clip_length=2, batch_size=4),
+        ),
+        stages=replace(
+            base.stages,
+            perception=PerceptionStageConfig(
+                optimiser=perception.optimiser, steps=400, gradient_clip=5.0
+            ),
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from datamodules.collate import Collate
 from datamodules.ego_state import ego_state
+from datamodules.gpt_driver import GPTDriverConfig
 from datamodules.nuscenes import FrameDataset, NuScenesDataConfig, start_worker
 from datamodules.nuscenes_qa import NuScenesQAConfig
 from datamodules.picking import Picker
@@ -194,3 +195,40 @@ def test_batches_of_all_workers_are_those_of_none(town_root):
         np.testing.assert_array_equal(alone.clip[0].images, helped.clip[0].images)
         torch.testing.assert_close(alone.agents[-1].boxes, helped.agents[-1].boxes)
         torch.testing.assert_close(alone.map.masks, helped.map.masks)
+
+
+class Counted:
+    """A source of conversations that counts what it is asked for."""
+
+    def __init__(self, source):
+        self.source, self.asked = source, []
+
+    def make(self, frame, number, ego):
+        self.asked.append((frame, number))
+        return self.source.make(frame, number, ego=ego)
+
+
+@pytest.mark.parametrize("room", [5, 10_000])
+def test_samples_without_images_are_made_once_as_far_as_there_is_room(
+    town_root, monkeypatch, room
+):
+    monkeypatch.setattr("datamodules.nuscenes.KEPT_SAMPLES", room)
+    config = GPTDriverConfig(str(town_root), "v1.0-trainval", image_size=(16, 9))
+    data = config.build(None, Dialect("compact"))
+    picker, source = data.picker("train"), Counted(data.source("train"))
+    unseen = FrameDataset(data.index, data.config, data.loader, source, unseen=True)
+    afresh = FrameDataset(data.index, data.config, data.loader, data.source("train"), unseen=True)
+    sampler = ClipSampler(picker, 1, 7)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for request in sampler:
+            own, other = unseen[request], afresh.read(request, ())
+            assert own.conversations == other.conversations
+            assert torch.equal(own.targets.plan.waypoints, other.targets.plan.waypoints)
+            assert own.observation.clip[0].sample_tokens == other.observation.clip[0].sample_tokens
+    items = len(sampler)
+    assert len(source.asked) == items + 2 * max(0, items - room)
+    seen = FrameDataset(data.index, data.config, data.loader, source)
+    first = next(iter(sampler))
+    assert seen[first].conversations == seen[first].conversations
+    assert len(source.asked) == items + 2 * max(0, items - room) + 2  # with images: never kept
