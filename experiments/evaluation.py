@@ -22,7 +22,7 @@ from experiments.report import Report, ResultTable
 from experiments.score_drivelm import evaluate_drivelm
 from experiments.score_omnidrive import evaluate_omnidrive_plans
 from odvla.errors import UserError
-from odvla.metrics.captions import score_captions, score_nux
+from odvla.metrics.captions import score_captions, score_nux, start_meteor
 from odvla.metrics.forecasting import score_by_class, score_forecasts
 from odvla.metrics.map_segmentation import map_iou
 from odvla.metrics.question_answering import Answer, score_answers
@@ -354,8 +354,7 @@ def evaluate(
 
     def instruction(found: list[Record]) -> tuple[tuple[ResultTable, ...], dict[str, Any]]:
         told, numbers = evaluate_language(found, "instruction")
-        path = folder / "instruction" / "predictions.jsonl"
-        plans, scores = evaluate_omnidrive_plans(data, found, path)
+        plans, scores = evaluate_omnidrive_plans(data, found, paths["instruction"])
         return (*told, *plans), numbers | scores
 
     scorers: Mapping[
@@ -369,9 +368,14 @@ def evaluate(
             data, found, folder / "perception" / "detection", tracking=beyond
         ),
     }
+    paths = {stage: folder / stage / "predictions.jsonl" for stage in stages}
+    if "instruction" in paths and any(
+        record["kind"] == "narration" for record in read_predictions(paths["instruction"])
+    ):
+        start_meteor()  # it is ready when the plans are scored
     for stage, scorer in scorers.items():
-        if stage in stages:
-            new_tables, new_numbers = scorer(read_predictions(folder / stage / "predictions.jsonl"))
+        if stage in paths:
+            new_tables, new_numbers = scorer(read_predictions(paths[stage]))
             tables += new_tables
             numbers[stage] = new_numbers
     return Report(experiment, tuple(tables), numbers, samples)

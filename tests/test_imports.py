@@ -67,3 +67,14 @@ def test_help_and_list_come_without_heavy_imports(arguments):
     )
     assert done.returncode == 0, done.stderr
     assert "example" in done.stdout or "smoke" in done.stdout
+
+
+def test_a_process_that_makes_scenes_imports_neither_torch_nor_the_devkit():
+    code = (
+        "import sys, datamodules.town.scene_job\n"
+        "print({'torch', 'nuscenes', 'matplotlib', 'datamodules.town.language'} & {*sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

@@ -11,23 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cv2
 from threadpoolctl import threadpool_limits
 
-from datamodules.town.cameras import SceneRenderer
-from datamodules.town.can_bus import write_can_bus
 from datamodules.town.ground import drivable_mask
 from datamodules.town.language import write_language
-from datamodules.town.lidar import scan
-from datamodules.town.log import KEYFRAMES_PER_SCENE, TICKS_PER_KEYFRAME, RoadMap, SceneLog
+from datamodules.town.log import RoadMap, SceneLog
 from datamodules.town.map_expansion import map_expansion
 from datamodules.town.rig import Rig
-from datamodules.town.roads import build_road_map
-from datamodules.town.scenario import simulate_scene
+from datamodules.town.scene_job import SceneJob, make_scene, one_thread, road_of
 from datamodules.town.scenes import scene_names, version_of
 from datamodules.town.tables import (
     LIDAR,
@@ -36,11 +31,9 @@ from datamodules.town.tables import (
     fixed_tables,
     map_table,
     scene_tables,
-    sensor_file,
     sensor_table,
 )
 from datamodules.town.tokens import TokenIndex, make_token
-from datamodules.town.visibility import visibility
 from odvla.errors import UserError
 
 MASK_CELL_M = 0.1  # what the devkit assumes of a semantic prior
@@ -74,17 +67,6 @@ class TownConfig:
             raise UserError(f"workers must be at least 1, not {self.workers}")
 
 
-@dataclass(frozen=True)
-class SceneJob:
-    """One scene for one worker."""
-
-    folder: Path
-    name: str
-    location: str
-    index: int
-    config: TownConfig
-
-
 def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = None) -> Path:
     """Write a data root in nuScenes' format.
 
@@ -110,11 +92,13 @@ def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = 
     partial.mkdir(parents=True)
     names = scene_names(config.scenes)
     jobs = [
-        SceneJob(partial, name, location, index, config)
+        SceneJob(
+            partial, name, location, index, config.seed, config.image_size, config.jpeg_quality
+        )
         for index, (name, location) in enumerate(names)
     ]
     for location in sorted({location for _, location in names}):
-        _write_map(partial, _road(location, config.seed), config.seed)
+        _write_map(partial, road_of(location, config.seed), config.seed)
     done: dict[int, tuple[SceneLog, list[KeyframeView]]] = {}
     with _processes(min(config.workers, len(jobs))) as pool:
         for index, result in _run(jobs, pool):
@@ -133,42 +117,6 @@ def make_town(config: TownConfig, progress: Callable[[int, int], None] | None = 
     return partial.rename(out)
 
 
-def make_scene(job: SceneJob) -> tuple[SceneLog, list[KeyframeView]]:
-    """Simulate and draw one scene: images, lidar sweeps and CAN bus files."""
-    cv2.setNumThreads(0)  # the processes are the parallelism
-    road = _road(job.location, job.config.seed)
-    log = simulate_scene(road, job.name, job.index, job.config.seed)
-    renderer = _renderer(job.location, job.config.seed, job.config.image_size)
-    quality = [cv2.IMWRITE_JPEG_QUALITY, job.config.jpeg_quality]
-    for channel in (*renderer.rig.cameras, LIDAR):
-        (job.folder / "samples" / channel).mkdir(parents=True, exist_ok=True)
-    views = []
-    for keyframe in range(KEYFRAMES_PER_SCENE):
-        tick = keyframe * TICKS_PER_KEYFRAME
-        for channel, image in renderer.render(log, tick).items():
-            good, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
-            if not good:
-                raise OSError(f"could not encode an image of {job.name}")
-            (job.folder / sensor_file(log, keyframe, channel)).write_bytes(data.tobytes())
-        sweep = scan(log, tick, renderer.rig)
-        (job.folder / sensor_file(log, keyframe, LIDAR)).write_bytes(sweep.points.tobytes())
-        views.append(KeyframeView(sweep.hits, visibility(log, tick, renderer.rig)))
-    (job.folder / "can_bus").mkdir(exist_ok=True)
-    write_can_bus(job.folder / "can_bus", log)
-    return log, views
-
-
-@cache
-def _road(location: str, seed: int) -> RoadMap:
-    return build_road_map(location, seed)
-
-
-@cache
-def _renderer(location: str, seed: int, image_size: tuple[int, int]) -> SceneRenderer:
-    """Kept for the process: to paint the ground takes half a second."""
-    return SceneRenderer(_road(location, seed), *image_size)
-
-
 @contextmanager
 def _processes(count: int) -> Iterator[Executor | None]:
     """Processes beside this one; None where one is enough, which is then this one."""
@@ -177,7 +125,7 @@ def _processes(count: int) -> Iterator[Executor | None]:
         return
     # Started afresh, because a forked copy of a process with numerical threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=one_thread) as pool:
         yield pool
 
 
@@ -197,11 +145,6 @@ def _run(
         ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
         for future in ready:
             yield waiting.pop(future), future.result()
-
-
-def _one_thread() -> None:
-    """Nearly all matrices here are 4x4: to wake threads for one takes longer than to invert it."""
-    threadpool_limits(1)
 
 
 def _write_map(folder: Path, road: RoadMap, seed: int) -> None:

@@ -101,13 +101,27 @@ def java_missing() -> str:
     return "" if found.returncode == 0 else "METEOR is a Java program, and java does not start"
 
 
-def _meteor(reference: dict[int, list[str]], hypothesis: dict[int, list[str]]) -> float:
+def start_meteor() -> None:
+    """Let METEOR's program load its tables, some ten seconds, while others are at work.
+
+    The first score would wait for it. Nothing happens where there is no Java.
+    """
+    if not java_missing():
+        _meteor_program()
+
+
+def _meteor_program() -> Any:
+    """One process for all calls."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    global _program  # one process for all calls: Java takes seconds to start
+    global _program
     if _program is None:
         _program = Meteor()
-    value, _ = _program.compute_score(reference, hypothesis)
+    return _program
+
+
+def _meteor(reference: dict[int, list[str]], hypothesis: dict[int, list[str]]) -> float:
+    value, _ = _meteor_program().compute_score(reference, hypothesis)
     return float(value)
 
 

@@ -209,9 +209,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("room", [5, 10_000])
-def test_samples_without_images_are_made_once_as_far_as_there_is_room(
-    town_root, monkeypatch, room
-):
+def test_samples_without_images_are_made_once_as_far_as_there_is_room(town_root, monkeypatch, room):
     monkeypatch.setattr("datamodules.nuscenes.KEPT_SAMPLES", room)
     config = GPTDriverConfig(str(town_root), "v1.0-trainval", image_size=(16, 9))
     data = config.build(None, Dialect("compact"))

@@ -13,10 +13,11 @@ from nuscenes.utils.geometry_utils import view_points
 from nuscenes.utils.splits import create_splits_scenes
 
 from datamodules.town.log import KEYFRAMES_PER_SCENE, TICKS_PER_KEYFRAME
-from datamodules.town.make import SceneJob, TownConfig, _run, make_town
+from datamodules.town.make import TownConfig, _run, make_town
 from datamodules.town.map_expansion import arcs
 from datamodules.town.roads import LOCATIONS, build_road_map
 from datamodules.town.scenario import simulate_scene
+from datamodules.town.scene_job import SceneJob
 from datamodules.town.scenes import scene_names
 from datamodules.town.tokens import TokenIndex
 from odvla.errors import UserError
@@ -194,10 +195,9 @@ def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
 
 def test_scenes_of_one_place_share_no_objects(tmp_path):
     """As where processes made them: else a pickle of both would have other bytes."""
-    config = TownConfig(str(tmp_path), 2, (64, 36))
     (tmp_path / "root").mkdir()
     jobs = [
-        SceneJob(tmp_path / "root", name, LOCATIONS[0], number, config)
+        SceneJob(tmp_path / "root", name, LOCATIONS[0], number, 0, (64, 36), 90)
         for number, name in enumerate(("scene-0061", "scene-0103"))
     ]
     first, second = (log for _, (log, _) in _run(jobs, None))
