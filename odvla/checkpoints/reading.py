@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ STEMS = ("vla", "model", "pytorch_model")
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+REOPEN_BYTES = 1 << 28
 SAFE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -182,21 +184,42 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         name = unknown[0]
         raise UserError(f"{path}: {name!r} has numbers of type {dtypes[name]}, not supported")
 
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            try:
-                # Opened anew, so that what was read before need not stay in memory.
-                with safe_open(path, "pt") as file:
-                    return file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise _damaged(path, error) from error
-
-        return read
-
+    file = _SafetensorsFile(path)
     return {
-        name: StoredTensor(shape, SAFE_DTYPES[dtypes[name]], reader(name), path)
+        name: StoredTensor(shape, SAFE_DTYPES[dtypes[name]], partial(file.read, name), path)
         for name, shape in shapes.items()
     }
+
+
+class _SafetensorsFile:
+    """Reads one tensor after another.
+
+    To open the file takes milliseconds where it holds thousands of tensors, and what was read of an
+    open file stays in memory: so it is opened anew now and then.
+
+    Args:
+        path: a file that was checked before.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        self._read_bytes = 0
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name.
+
+        Raises:
+            UserError: the file has been damaged meanwhile.
+        """
+        try:
+            if self._file is None or self._read_bytes > REOPEN_BYTES:
+                self._file, self._read_bytes = safe_open(self.path, "pt"), 0
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.path, error) from error
+        self._read_bytes += tensor.nbytes
+        return tensor
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
