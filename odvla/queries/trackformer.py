@@ -52,6 +52,9 @@ from odvla.types import (
 
 EMPTY_LOGIT = -20.0  # of slots that are not in use
 PRIOR = 0.01  # start probability of every class
+# Deviation of fresh reference points' logits where no weights are loaded: nearly even over the
+# ground (torch's own start puts seven of ten into the middle third). Heights start alike.
+GROUND_SPREAD, HEIGHT_SPREAD = 1.7, 0.1
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,12 @@ class TrackFormer(nn.Module):
         self.past_branches = branches(config.layers, dim, steps * 2)
         self.memory_bank = MemoryBank(dim, config.heads)
         self.query_interaction = QueryInteraction(dim, config.heads, config.interaction_dropout)
+        # The positional halves of the queries, which references are read from, are standard normal.
+        for row, spread in zip(
+            self.reference_points.weight, (GROUND_SPREAD, GROUND_SPREAD, HEIGHT_SPREAD), strict=True
+        ):
+            nn.init.normal_(row, std=spread / math.sqrt(dim))
+        nn.init.zeros_(self.reference_points.bias)
         bias = -math.log((1 - PRIOR) / PRIOR)
         for branch in self.cls_branches:
             assert isinstance(branch, nn.Sequential)

@@ -71,7 +71,7 @@ def _still(agents):
     """The same large boxes in every frame, so that tracks overlap what they stand for."""
     boxes = agents.boxes.clone()
     boxes[..., :2] = torch.tensor([[-20.0, 10.0], [15.0, -8.0], [5.0, 25.0], [-6.0, -30.0]])
-    boxes[..., 3:6] = torch.tensor([12.0, 12.0, 2.0])
+    boxes[..., 3:6] = torch.tensor([24.0, 24.0, 2.0])
     return replace(agents, boxes=boxes, labels=torch.arange(4).expand(len(boxes), -1).clone())
 
 
