@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class OptimiserConfig:
     # model that starts from nothing needs far fewer steps; the paper's stages use AdamW alone.
     muon: float = 0.0
     muon_components: tuple[str, ...] = ("language",)
+    # Patterns of names that learn by AdamW all the same. What a matrix puts out moves by about as
+    # much in every step of Muon, however little would do: too much where it is metres.
+    muon_but_not: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check values.
@@ -137,6 +141,9 @@ def muon_weights(model: nn.Module, settings: OptimiserConfig) -> frozenset[str]:
 
     They are the weights of linear layers and convolutions, but those of the language model only
     inside its layers: its embeddings, with which its head may be tied, learn word by word.
+
+    Raises:
+        UserError: a pattern of `muon_but_not` matches none of them.
     """
     if settings.muon == 0:
         return frozenset()
@@ -152,6 +159,13 @@ def muon_weights(model: nn.Module, settings: OptimiserConfig) -> frozenset[str]:
             component != "language" or ".layers." in name
         ):
             names.add(name)
+    for pattern in settings.muon_but_not:
+        left_out = set(fnmatch.filter(names, pattern))
+        if not left_out:
+            raise UserError(
+                f"optimiser.muon_but_not: {pattern!r} matches nothing that learns by Muon"
+            )
+        names -= left_out
     return frozenset(names)
 
 

@@ -55,6 +55,9 @@ PRIOR = 0.01  # start probability of every class
 # Deviation of fresh reference points' logits where no weights are loaded: nearly even over the
 # ground (torch's own start puts seven of ten into the middle third). Heights start alike.
 GROUND_SPREAD, HEIGHT_SPREAD = 1.7, 0.1
+# Deviation of fresh queries' content: beside standard normal numbers, which say nothing, what a
+# query reads from the BEV is not heard for a long time.
+CONTENT_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class TrackFormer(nn.Module):
         ):
             nn.init.normal_(row, std=spread / math.sqrt(dim))
         nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.query_embedding.weight[:, dim:], std=CONTENT_SPREAD)
         bias = -math.log((1 - PRIOR) / PRIOR)
         for branch in self.cls_branches:
             assert isinstance(branch, nn.Sequential)

@@ -1,6 +1,7 @@
 """Parameter groups and learning rates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,24 @@ def test_muon_gets_the_filters_and_matrices_of_the_components_that_are_named(mak
     assert any(vla.get_parameter(name).ndim == 4 for name in names)
     with pytest.raises(UserError, match="'neck' is none of"):
         OptimiserConfig(muon_components=("neck",))
+
+
+def test_what_is_left_out_by_name_learns_by_adamw_and_a_pattern_of_nothing_is_named(make_vla):
+    vla = make_vla()
+    parts = ("queries", "language")
+    names = muon_weights(vla, OptimiserConfig(muon=1.0, muon_components=parts))
+    but_not = ("queries.track.heads.*", "*.mlp.*")
+    some = OptimiserConfig(muon=1.0, muon_components=parts, muon_but_not=but_not)
+    left = muon_weights(vla, some)
+    gone = {n for n in names if n.startswith("queries.track.heads.") or ".mlp." in n}
+    assert gone
+    assert left == names - gone
+    groups = parameter_groups(vla.named_parameters(), left)
+    by_muon = [p for group in groups if group.muon for p in group.parameters]
+    assert {id(p) for p in by_muon} == {id(vla.get_parameter(name)) for name in left}
+    wrong = replace(some, muon_but_not=("encoder.*",))
+    with pytest.raises(UserError, match=r"muon_but_not: 'encoder\.\*' matches nothing"):
+        muon_weights(vla, wrong)
 
 
 def test_a_filter_learns_as_the_matrix_of_its_rows():
