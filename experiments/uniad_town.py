@@ -8,11 +8,13 @@ from datamodules.nuscenes import NuScenesDataConfig
 from experiments.schema import (
     DataConfig,
     ExperimentConfig,
+    InitConfig,
     StagesConfig,
     TokenizerConfig,
     TownSettings,
     TrainerConfig,
 )
+from odvla.augmentation import AugmentationConfig
 from odvla.encoders.bevformer import BEVFormerConfig
 from odvla.encoders.resnet import ResNetConfig
 from odvla.freezing import FreezePlan
@@ -28,11 +30,11 @@ from odvla.queries.track_life import TrackRules
 from odvla.queries.trackformer import TrackFormerConfig
 from odvla.vla import VLAConfig
 from stages.optimisation import LearningRates, OptimiserConfig
-from stages.perception import PerceptionStageConfig
+from stages.perception import TRAINS, PerceptionStageConfig
 
-# The encoder has learned already (bevformer_town), as UniAD's has.
-ON_A_TRAINED_ENCODER = OptimiserConfig(
-    lr=LearningRates(backbone=2e-4, encoder=2e-4, queries=1.5e-3),
+# From nothing the backbone needs the same rate as the rest; UniAD starts from trained weights.
+FROM_NOTHING = OptimiserConfig(
+    lr=LearningRates(backbone=4e-4, encoder=4e-4, queries=4e-4),
     warmup=0.05,
     weight_decay=0.01,
     muon=12.0,
@@ -43,12 +45,13 @@ ON_A_TRAINED_ENCODER = OptimiserConfig(
 def uniad_town() -> ExperimentConfig:
     """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town.
 
-    UniAD starts from a BEVFormer that detects, and so does this, see `bevformer_town`. An hour on
-    one slow core; what comes of it stands in docs/stages.md.
+    Queries alone, on the encoder that `fit bevformer_town` leaves: UniAD starts from a BEVFormer
+    that detects, too. Half an hour on two slow cores; what comes of it stands in docs/stages.md.
     """
     size = (160, 90)
     return ExperimentConfig(
         name="uniad_town",
+        init=InitConfig("runs/bevformer_town/perception", ("encoder",)),
         model=VLAConfig(
             encoder=BEVFormerConfig(
                 backbone=ResNetConfig(depth=50, base_channels=16, deformable_stages=(3,)),
@@ -63,8 +66,8 @@ def uniad_town() -> ExperimentConfig:
             queries=(
                 SceneSamplerConfig(),
                 TrackFormerConfig(
-                    # Cheap beside the encoder, and a boundless step: a fresh query only has to look
-                    # about itself where they stand four metres apart.
+                    # Four metres apart on the ground, so that an agent is near one of them. They
+                    # take a tenth of the encoder's time.
                     queries=600,
                     layers=3,
                     heads=4,
@@ -121,15 +124,12 @@ def uniad_town() -> ExperimentConfig:
 
 
 def bevformer_town() -> ExperimentConfig:
-    """The encoder of `uniad_town` from nothing, with query modules that teach it in minutes.
-
-    `fit uniad_town init.weights=runs/bevformer_town/perception 'init.parts=[encoder]'` goes on from
-    there. Half an hour on one slow core.
-    """
+    """The encoder of `uniad_town` from nothing, by query modules that teach it in half an hour."""
     base = uniad_town()
     return replace(
         base,
         name="bevformer_town",
+        init=InitConfig(),
         model=replace(
             base.model, queries=(SceneSamplerConfig(), AgentQueriesConfig(), MapQueriesConfig())
         ),
@@ -139,10 +139,7 @@ def bevformer_town() -> ExperimentConfig:
         stages=replace(
             base.stages,
             perception=PerceptionStageConfig(
-                optimiser=replace(
-                    ON_A_TRAINED_ENCODER,
-                    lr=LearningRates(backbone=4e-4, encoder=4e-4, queries=4e-4),
-                ),
+                optimiser=FROM_NOTHING,
                 steps=400,
                 gradient_clip=5.0,
             ),
@@ -151,7 +148,7 @@ def bevformer_town() -> ExperimentConfig:
 
 
 def uniad_town_smoke() -> ExperimentConfig:
-    """Every part of `uniad_town` for three steps: does it run at all?"""
+    """Every part of `uniad_town` for three steps, the encoder learning, too: does it run at all?"""
     base = uniad_town()
     encoder = replace(
         base.model.encoder,
@@ -173,9 +170,19 @@ def uniad_town_smoke() -> ExperimentConfig:
     return replace(
         base,
         name="uniad_town_smoke",
+        init=InitConfig(),
         model=replace(base.model, encoder=encoder, queries=(scene, tracks, elements)),
         data=replace(base.data, version="v1.0-mini"),
-        stages=replace(base.stages, perception=replace(perception, steps=3)),
+        stages=replace(
+            base.stages,
+            perception=replace(
+                perception,
+                freeze=TRAINS,
+                optimiser=FROM_NOTHING,
+                augmentation=AugmentationConfig(),
+                steps=3,
+            ),
+        ),
         town=TownSettings(scenes=10, image_size=base.data.image_size),
         pictures=1,
     )
