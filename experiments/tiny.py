@@ -62,7 +62,7 @@ HEAR_AND_SPEAK = FreezePlan(("projectors.*", "language.*"))
 
 
 def tiny() -> ExperimentConfig:
-    """All stages in some fourteen minutes on two slow cores, on a town of 75 scenes."""
+    """All stages in some twelve minutes on two slow cores, on a town of 75 scenes."""
     size = (160, 90)
     talk: dict[str, Any] = {"batch_size": 8, "eval_batch_size": VAL_SCENES, "eval_frames_stride": 8}
     return ExperimentConfig(
