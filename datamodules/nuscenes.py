@@ -130,7 +130,7 @@ KEPT_SAMPLES = 10_000
 
 
 class FrameDataset(Dataset[Sample]):
-    """Key-frames by ClipRequest. Holds arrays only, so that workers can have copies."""
+    """Key-frames by ClipRequest. Workers can have copies: it starts with arrays only."""
 
     def __init__(
         self,

@@ -369,13 +369,13 @@ def evaluate(
         ),
     }
     paths = {stage: folder / stage / "predictions.jsonl" for stage in stages}
-    if "instruction" in paths and any(
-        record["kind"] == "narration" for record in read_predictions(paths["instruction"])
-    ):
+    told = read_predictions(paths["instruction"]) if "instruction" in paths else []
+    if any(record["kind"] == "narration" for record in told):
         start_meteor()  # it is ready when the plans are scored
     for stage, scorer in scorers.items():
         if stage in paths:
-            new_tables, new_numbers = scorer(read_predictions(paths[stage]))
+            found = told if stage == "instruction" else read_predictions(paths[stage])
+            new_tables, new_numbers = scorer(found)
             tables += new_tables
             numbers[stage] = new_numbers
     return Report(experiment, tuple(tables), numbers, samples)

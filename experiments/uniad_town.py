@@ -61,13 +61,11 @@ def uniad_town() -> ExperimentConfig:
                 layers=2,
                 heads=4,
                 hidden=128,
-                dropout=0.0,
             ),
             queries=(
                 SceneSamplerConfig(),
                 TrackFormerConfig(
-                    # Four metres apart on the ground, so that an agent is near one of them. They
-                    # take a tenth of the encoder's time.
+                    # Four metres apart on the ground, so that an agent is near one of them.
                     queries=600,
                     layers=3,
                     heads=4,
@@ -124,7 +122,7 @@ def uniad_town() -> ExperimentConfig:
 
 
 def bevformer_town() -> ExperimentConfig:
-    """The encoder of `uniad_town` from nothing, by query modules that teach it in half an hour."""
+    """The encoder of `uniad_town` from nothing, by query modules that teach it within an hour."""
     base = uniad_town()
     return replace(
         base,
