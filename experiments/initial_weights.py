@@ -51,7 +51,7 @@ def identity(init: InitConfig) -> str | None:
     """
     if not init.weights:
         return None
-    checkpoint = open_checkpoint(Path(init.weights).expanduser())
+    checkpoint = _opened(init)
     return config_hash({"files": _noted(checkpoint) or _hashes(checkpoint), "parts": init.parts})
 
 
@@ -72,8 +72,8 @@ def load_initial(
     init = config.init
     if not init.weights:
         return None
-    path = Path(init.weights).expanduser()
-    checkpoint = open_checkpoint(path)
+    checkpoint = _opened(init)
+    path = checkpoint.path
     hashes = _hashes(checkpoint)
     for name, noted in _noted(checkpoint).items():
         if hashes[name] != noted:
@@ -102,6 +102,16 @@ def load_initial(
     if kept:
         log.info("initial weights: %s start as they were built", ", ".join(kept))
     return Initial({"path": str(path), "sha256": hashes, "tensors": loaded}, dialect)
+
+
+def _opened(init: InitConfig) -> Checkpoint:
+    path = Path(init.weights).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"init.weights {path} does not exist; where it is a stage of another experiment, fit "
+            "that one first"
+        )
+    return open_checkpoint(path)
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from odvla.checkpoints import reading
 from odvla.checkpoints.reading import open_checkpoint
 from odvla.checkpoints.stored import in_memory
 from odvla.checkpoints.writing import write_folder, write_safetensors
@@ -71,6 +72,17 @@ def test_one_file_and_a_folder_with_one_file(tmp_path):
     assert_same(values(open_checkpoint(tmp_path / "any.safetensors")), TENSORS)
     (tmp_path / "any.safetensors").rename(tmp_path / "any.bin")  # the content tells
     assert open_checkpoint(tmp_path / "any.bin").format == "safetensors"
+
+
+@pytest.mark.parametrize(("limit", "opened"), [(1 << 28, 1), (0, len(TENSORS))])
+def test_a_file_is_opened_anew_when_much_of_it_was_read(tmp_path, monkeypatch, limit, opened):
+    save_file(TENSORS, tmp_path / "any.safetensors")
+    checkpoint, calls = open_checkpoint(tmp_path), []
+    monkeypatch.setattr(reading, "REOPEN_BYTES", limit)
+    safe_open = reading.safe_open
+    monkeypatch.setattr(reading, "safe_open", lambda *a: calls.append(a) or safe_open(*a))
+    assert_same(values(checkpoint), TENSORS)
+    assert len(calls) == opened
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path):

@@ -274,3 +274,14 @@ def test_every_parameter_learns(module):
 def test_a_grid_is_needed():
     with pytest.raises(ValueError, match="agent queries need the feature 'bev'"):
         CONFIG.build(DIM, None)
+
+
+def test_fresh_references_start_all_over_the_ground():
+    torch.manual_seed(0)
+    module = TrackFormerConfig(queries=4000, layers=1, heads=2, hidden=16).build(DIM, GRID)
+    place = module.reference_points(module.query_embedding.weight[:, :DIM]).sigmoid()
+    for axis in (0, 1):
+        tenths = torch.histc(place[:, axis].detach(), 10, 0, 1) / len(place)
+        assert tenths.min() > 0.04, tenths
+        assert tenths.max() < 0.2, tenths
+    assert (place[:, 2] - 0.5).abs().max() < 0.15
