@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python lightning_app.py fit $(EXPERIMENT)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -11,6 +11,14 @@ from hypothesis import settings
 settings.register_profile("odvla", deadline=None)
 settings.load_profile("odvla")
 
+# Tests here start whole programs and last a minute each: begun last, one would go on alone.
+BEGIN_WITH = ("tests/experiments/", "tests/test_docs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, else as collected; needs xdist's `--no-loadscope-reorder`, or it sorts."""
+    items.sort(key=lambda item: not item.nodeid.startswith(BEGIN_WITH))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
