@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.schema import STAGES, ExperimentConfig
-from odvla.config import flat, to_tree
+from odvla.config import diff
 from odvla.errors import UserError
 from odvla.language.prompts import Dialect
 from odvla.weights import file_sha256, load_weights, write_atomically
@@ -26,6 +26,8 @@ from odvla.weights import file_sha256, load_weights, write_atomically
 log = logging.getLogger(__name__)
 WEIGHTS, CARD, TOKENIZER = "vla.safetensors", "card.json", "tokenizer"
 VISION = ("encoder", "queries")
+# What decides how an image looks to weights that have learned from it.
+IMAGES = ("data.image_size", "data.crop_top", "data.pad_multiple")
 FORMAT = 1
 _WHOLE_FILE_BYTES = 1 << 22
 
@@ -174,27 +176,43 @@ def load_handoff(folder: Path, stage: str, vla: Any, config: ExperimentConfig) -
         folder: a finished stage.
         stage: the one that continues.
         vla: the model.
-        config: the experiment; settings of the model that differ from the handoff's are logged.
+        config: the experiment; see load_checked.
 
     Raises:
         UserError: see check_handoff and check_dialect; or the weights do not fit the model.
     """
     card = check_handoff(folder, stage)
+    load_checked(folder, card, vla, config)
+    return card
+
+
+def load_checked(folder: Path, card: Card, vla: Any, config: ExperimentConfig) -> None:
+    """Fill the model with the weights of a stage whose files are intact, those of Card.parts.
+
+    Args:
+        folder: a finished stage.
+        card: its card.
+        vla: the model.
+        config: the experiment; settings of the model and of its images that differ from the
+            card's are logged.
+
+    Raises:
+        UserError: see check_dialect; or the weights do not fit the model.
+    """
     check_dialect(folder, card, config)
     load_weights(vla, folder / WEIGHTS, card.parts)
-    before, now = flat(card.config.get("model", {})), flat(to_tree(config.model))
-    changed = [
-        key
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (not card.parts or key.startswith(card.parts))
-    ]
-    if changed:
-        log.warning(
-            "the handoff %s was made with another model config: %s",
-            folder,
-            ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed),
-        )
-    return card
+    concerned = (*IMAGES, *(f"model.{part}" for part in card.parts or ("",)))
+    changed = diff(
+        {key: card.config.get(key, {}) for key in ("model", "data")},
+        {"model": config.model, "data": config.data},
+    )
+    named = ", ".join(
+        f"{key} {before} -> {now}"
+        for key, (before, now) in sorted(changed.items())
+        if key.startswith(concerned)
+    )
+    if named:
+        log.warning("the handoff %s was made with another config: %s", folder, named)
 
 
 def git_commit() -> str:

@@ -42,12 +42,12 @@ from experiments.prepare import (
 from experiments.processes import first_process_first, join_processes
 from experiments.sample_pictures import draw_cases, draw_predictions
 from experiments.schema import STAGES, ExperimentConfig
-from experiments.stage_run import CONFIG, StageRun, Workshop, is_first_process
+from experiments.stage_run import CONFIG, PREDICTIONS, StageRun, Workshop, is_first_process
 from experiments.tracking import Tracker
 from odvla.config import config_hash, flat
 from odvla.errors import UserError
 from odvla.language.tokenizer import ChatTokenizer
-from odvla.weights import write_atomically
+from odvla.weights import file_sha256, write_atomically
 
 log = logging.getLogger(__name__)
 EVALUATED = "evaluated.json"
@@ -115,6 +115,7 @@ class Pipeline:
         for stage in done:
             log.info("stage %s: predicting", stage)
             StageRun(self.shop, stage, None).test()
+            (self.shop.folder / stage / EVALUATED).unlink(missing_ok=True)
         (self.shop.folder / EVALUATED).unlink(missing_ok=True)
 
     def finished(self) -> list[str]:
@@ -131,7 +132,7 @@ class Pipeline:
     ) -> None:
         """Evaluate the predictions, print the tables, write and track them; draw pictures.
 
-        Does nothing new where the same stages were evaluated before.
+        Does nothing new where the same predictions were evaluated on the same data before.
 
         Args:
             console: where tables are printed.
@@ -144,6 +145,12 @@ class Pipeline:
         shop, stages = self.shop, [stage] if stage else self.finished()
         folder = shop.folder / stage if stage else shop.folder
         made_from = {stage: card_sha256(shop.folder / stage) for stage in stages}
+        made_from |= {
+            f"{stage} predictions": file_sha256(path)
+            for stage in stages
+            if (path := shop.folder / stage / PREDICTIONS).is_file()
+        }
+        made_from["data"] = config_hash([shop.fingerprint, shop.config.data])
         made_from["baseline"] = config_hash(shop.config.baseline)
         if protocols or thorough:
             made_from["how"] = config_hash({"protocols": list(protocols), "thorough": thorough})

@@ -12,9 +12,8 @@ from datamodules.conversations import LanguageDataModule
 from experiments.handoff import (
     CARD,
     TOKENIZER,
-    WEIGHTS,
-    check_dialect,
     check_files,
+    load_checked,
     read_card,
 )
 from experiments.pictures import draw_scene, save_picture
@@ -26,7 +25,6 @@ from odvla.language.tokenizer import ChatTokenizer
 from odvla.language.waypoints import ParseFailure, format_waypoints, parse_waypoints
 from odvla.outputs import Generation, Perception
 from odvla.types import Batch
-from odvla.weights import load_weights
 from stages.base import StageModule
 from stages.planning import PlanningStage, PlanningStageConfig
 from stages.regression import RegressionStage
@@ -95,13 +93,12 @@ class Predictor:
     def __init__(self, config: ExperimentConfig, folder: Path) -> None:
         card = read_card(folder)
         check_files(folder, card)
-        check_dialect(folder, card, config)
         tokenizer = ChatTokenizer.load(folder / TOKENIZER)
         data = data_module(config, "planning", tokenizer)
         assert isinstance(data, LanguageDataModule)
         self.data = data
         self._vla = build_model(config, tokenizer)
-        load_weights(self._vla, folder / WEIGHTS, card.parts)
+        load_checked(folder, card, self._vla, config)
         self._vla.eval()
         self._settings = config.stages.planning or PlanningStageConfig()
 

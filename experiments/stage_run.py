@@ -37,10 +37,10 @@ from experiments.handoff import (
     WEIGHTS,
     Card,
     card_sha256,
-    check_dialect,
     check_files,
     git_commit,
     learned_dialect,
+    load_checked,
     load_handoff,
     read_card,
 )
@@ -54,7 +54,7 @@ from odvla.language.tokenizer import ChatTokenizer
 from odvla.ops.backends import describe_backend
 from odvla.token_memory import TokenMemory
 from odvla.vla import DrivingVLA
-from odvla.weights import file_sha256, load_weights, save_weights, write_atomically
+from odvla.weights import file_sha256, save_weights, write_atomically
 from stages.base import StageModule
 from stages.optimisation import trained_counts
 from stages.sharding import gather_into
@@ -247,8 +247,7 @@ class StageRun:
         """
         card = read_card(self.folder)
         check_files(self.folder, card)
-        check_dialect(self.folder, card, self.shop.config)
-        load_weights(self.shop.vla, self.folder / WEIGHTS, card.parts)
+        load_checked(self.folder, card, self.shop.vla, self.shop.config)
         data = data_module(self.shop.config, self.stage, self.shop.tokenizer)
         self.evaluate(self._module(self.shop.vla, 1), data, False)
 

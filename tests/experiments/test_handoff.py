@@ -36,7 +36,7 @@ def handoff(tmp_path) -> Path:
     Card(
         experiment="e",
         stage="alignment",
-        config={"model": to_tree(Model(2))},
+        config={"model": to_tree(Model(2)), "data": to_tree(tiny().data)},
         stage_hash="s",
         git_commit="c",
         data_fingerprint="d",

@@ -238,6 +238,39 @@ def test_an_evaluation_is_tracked_where_the_store_of_its_training_is_not(config,
     assert "table.md" in [found.path for found in client.list_artifacts(run.info.run_id)]
 
 
+def test_what_was_predicted_or_scored_otherwise_is_evaluated_anew(config, runs, tmp_path):
+    shutil.copytree(runs / "smoke", tmp_path / "smoke")
+    pipeline = open_pipeline(config, tmp_path, progress=False)
+    table = tmp_path / "smoke" / "interaction" / "table.md"
+    pipeline.report(Console(quiet=True), stage="interaction")
+    pipeline.report(Console(quiet=True), stage="interaction")
+    first, written = table.read_text(), table.stat().st_mtime_ns
+    pipeline.test("interaction")
+    pipeline.report(Console(quiet=True), stage="interaction")
+    assert table.stat().st_mtime_ns > written
+    assert table.read_text() == first
+    # Other predictions by whatever way they came, and other data for the same ones.
+    path = tmp_path / "smoke" / "interaction" / "predictions.jsonl"
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[: len(kept) // 2]))
+    pipeline.report(Console(quiet=True), stage="interaction")
+    assert table.read_text() != first
+    written = table.stat().st_mtime_ns
+    other = replace(config, data=replace(config.data, train_scenes=2))
+    open_pipeline(other, tmp_path, progress=False).report(Console(quiet=True), stage="interaction")
+    assert table.stat().st_mtime_ns > written
+
+
+def test_other_images_than_were_learned_from_are_told(config, runs, tmp_path, caplog):
+    token = json.loads((runs / "smoke/perception/predictions.jsonl").read_text().splitlines()[0])
+    wide = replace(config, data=replace(config.data, image_size=(96, 54)))
+    with caplog.at_level("WARNING"):
+        predict(config, runs / "smoke", token["sample_token"], picture=tmp_path / "p.png")
+        assert "another config" not in caplog.text
+        predict(wide, runs / "smoke", token["sample_token"], picture=tmp_path / "p.png")
+    assert "another config: data.image_size [64, 36] -> [96, 54]" in caplog.text
+
+
 def test_a_sample_is_planned_and_asked(config, runs, tmp_path):
     records = (runs / "smoke" / "perception" / "predictions.jsonl").read_text().splitlines()
     token = json.loads(records[-1])["sample_token"]
