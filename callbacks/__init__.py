@@ -1,1 +1,1 @@
-"""Lightning callbacks: freezing, handoff, run cards, guards, predictions, pictures."""
+"""Lightning callbacks: freezing, guards, predictions, progress, resuming, kept tokens."""

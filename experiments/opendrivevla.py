@@ -120,8 +120,9 @@ def opendrivevla_3b() -> ExperimentConfig:
 
 def opendrivevla_7b() -> ExperimentConfig:
     """The paper's recipe with Qwen2.5-7B: sharded over 4 GPUs of 80 GB."""
-    # `plan opendrivevla_7b`: stage 2 takes 46 GiB of each GPU (7 weights, 7 gradients, 14 AdamW, 11
-    # gathered at a time, 7 for AdamW's step), stage 3 takes 53; on one GPU stage 2 would take 143.
+    # `plan opendrivevla_7b`: stages 2 and 3 take 47 GiB of each GPU (7 weights, 7 gradients, 14
+    # AdamW, 11 gathered at a time, 7 for AdamW's step), stage 0 takes 66; on one GPU stage 2
+    # would take 143.
     return _of_size("7B")
 
 

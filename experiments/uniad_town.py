@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from datamodules.nuscenes import NuScenesDataConfig
@@ -45,13 +46,15 @@ FROM_NOTHING = OptimiserConfig(
 def uniad_town() -> ExperimentConfig:
     """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town.
 
-    Queries alone, on the encoder that `fit bevformer_town` leaves: UniAD starts from a BEVFormer
-    that detects, too. Half an hour on two slow cores; what comes of it stands in docs/stages.md.
+    Queries alone, on the encoder that `fit bevformer_town` leaves (with --runs, name its stage 0 in
+    init.weights): UniAD starts from a BEVFormer that detects, too. Half an hour on two slow cores;
+    what comes of it stands in docs/stages.md.
     """
     size = (160, 90)
+    runs = os.environ.get("ODVLA_RUNS", "runs")
     return ExperimentConfig(
         name="uniad_town",
-        init=InitConfig("runs/bevformer_town/perception", ("encoder",)),
+        init=InitConfig(f"{runs}/bevformer_town/perception", ("encoder",)),
         model=VLAConfig(
             encoder=BEVFormerConfig(
                 backbone=ResNetConfig(depth=50, base_channels=16, deformable_stages=(3,)),

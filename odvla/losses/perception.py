@@ -112,7 +112,7 @@ class PerceptionCriterion(nn.Module):
         Args:
             agent_steps: predictions of the clip's steps, oldest first; the first one's carried
                 queries (tracks from before the clip) count as unbound.
-            agent_targets: one item a step.
+            agent_targets: one item a step, or none at all.
             map_predictions: of the last step, or None.
             map_targets: of the last step, or None.
 
@@ -121,7 +121,7 @@ class PerceptionCriterion(nn.Module):
             those without predictions or targets, or with weight 0, are left out.
         """
         losses: dict[str, Tensor] = {}
-        if agent_steps:
+        if agent_steps and agent_targets:
             losses |= self._agents(agent_steps, agent_targets)
         if map_predictions is not None and map_targets is not None:
             losses |= self._map(map_predictions, map_targets)
@@ -134,7 +134,9 @@ class PerceptionCriterion(nn.Module):
     def _agents(
         self, steps: tuple[AgentPredictions, ...], targets: tuple[AgentTargets, ...]
     ) -> dict[str, Tensor]:
-        names = ("heatmap", "cell_box", "agent_class", "agent_box")
+        names = ["agent_class", "agent_box"]
+        names += ["heatmap"] * (steps[0].heatmap is not None)
+        names += ["cell_box"] * (steps[0].cell_codes is not None)
         total = {name: steps[0].layer_logits[-1].new_zeros(()) for name in names}
         bound: Tensor | None = None  # instance of each query of the previous step, -1: none
         for predicted, target in zip(steps, targets, strict=True):

@@ -52,7 +52,8 @@ class ProtocolCard:
         truth: where driven paths and masks are from: computed from the data root, or a file,
             which stands here by a hash of what was used of it.
         traffic: the same for those whom a plan may collide with.
-        ego_status: whether the planner was told its velocity and history.
+        ego_status: whether the planner was told its velocity and history; it may differ, and is
+            printed beside each number.
     """
 
     l2: OverTime

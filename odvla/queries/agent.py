@@ -64,7 +64,7 @@ class AgentQueriesConfig:
     birth_threshold: float = 0.3  # a query becomes a track (the reference: 0.4)
     training_birth_threshold: float = 0.2  # lower, so that carrying on is trained from early on
     keep_threshold: float = 0.2  # below it a track counts as missed (the reference: 0.35)
-    max_misses: int = 2  # in a row (the reference: 5)
+    max_misses: int = 2  # in a row that a track survives (the reference: 4)
     duplicate_m: float = 2.0  # newborns closer than this to a track are the same thing
     layers: int = 2
     heads: int = 4
@@ -188,7 +188,8 @@ class AgentQueries(nn.Module):
         """Detect and track.
 
         Returns:
-            Tokens [B, max_tokens, D] by falling score with AgentPredictions, and the next state.
+            Tokens [B, max_tokens at most, D] by falling score with AgentPredictions, and the next
+            state.
 
         Raises:
             ValueError: the features hold no BEV.

@@ -152,7 +152,7 @@ class MapQueries(nn.Module):
         """Decode map elements.
 
         Returns:
-            Tokens [B, max_tokens, D] with MapPredictions: things by falling score, then the
+            Tokens [B, max_tokens at most, D] with MapPredictions: things by falling score, then the
             drivable area, which is always there.
 
         Raises:

@@ -107,11 +107,20 @@ def test_perfect_boxes_cost_nothing_and_zero_weights_turn_losses_off() -> None:
     agents = targets(xy, torch.tensor([[1, 2]]))
     seen = predictions(xy, torch.full((1, 2), -1))
     seen = replace(seen, layer_boxes=(agents.boxes.clone(),))
-    losses = PerceptionLossConfig(agent_class=0, cell_box=0).build(GRID)(
-        (seen,), (agents,), None, None
-    )
-    assert losses.keys() == {"heatmap", "agent_box"}
+    losses = PerceptionLossConfig(agent_class=0).build(GRID)((seen,), (agents,), None, None)
+    assert losses.keys() == {"agent_box"}  # there is no heatmap, and no cell proposes a box
     assert losses["agent_box"].item() < 1e-6
+
+
+def test_what_is_missing_costs_nothing() -> None:
+    xy = torch.tensor([[[3.0, 4.0], [-9.0, 2.0]]])
+    agents = targets(xy, torch.tensor([[1, 2]]))
+    seen = predictions(xy, torch.full((1, 2), -1))
+    heat = torch.zeros(1, 10, GRID.rows, GRID.columns)
+    criterion = PerceptionLossConfig().build(GRID)
+    found = criterion((replace(seen, heatmap=heat),), (agents,), None, None)
+    assert found.keys() == {"heatmap", "agent_class", "agent_box"}
+    assert criterion((seen,), (), None, None) == {}
 
 
 def test_cells_propose_the_boxes_of_agents_on_and_beside_them() -> None:
