@@ -70,7 +70,7 @@ def evaluate_language(
     """
     tables: list[ResultTable] = []
     numbers: dict[str, Any] = {}
-    asked = [record for record in records if record["kind"] == "qa"]
+    asked = [record for record in records if record["kind"] == "qa" and record["reference"]]
     if asked:
         scores = score_answers(
             [

@@ -80,7 +80,7 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
     if not tables:
         raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
     if request.bert is not None:
-        table, scores = _bert(request.bert, records)
+        table, scores = _bert(request.bert, [r for r in records if r["reference"]])
         tables, numbers = (*tables, table), {**numbers, "bert_score": scores}
     found = {
         "name": request.planner,

@@ -66,6 +66,27 @@ def test_what_was_asked_is_told_by_the_references_not_by_the_answers(town_root, 
     )
 
 
+def test_answers_whose_reference_is_empty_are_left_out(town_root, tmp_path):
+    """Neither the accuracy nor its floor counts what nobody answered."""
+    asked = json.loads(
+        (town_root / "language/nuscenes_qa/NuScenes_val_questions.json").read_text()
+    )["questions"]
+    fields = ("sample_token", "question", "answer")
+    path, references = tmp_path / "answers.json", tmp_path / "references.json"
+    path.write_text(json.dumps([{name: one[name] for name in fields} for one in asked]))
+    half = [one if number % 2 else one | {"answer": None} for number, one in enumerate(asked)]
+    references.write_text(json.dumps({"questions": half}))
+    found = score(ScoreRequest(path, town_root, references=references))
+    numbers = found.report.numbers["language"]["question_answering"]
+    assert (numbers["accuracy"], numbers["questions"]) == (100.0, len(asked) // 2)
+    references.write_text(json.dumps({"questions": half[1::2]}))
+    same = score(ScoreRequest(path, town_root, references=references)).report.tables
+    assert found.report.tables == same
+    references.write_text(json.dumps({"questions": half[::2]}))
+    with pytest.raises(UserError, match="neither answers nor captions that can be scored"):
+        score(ScoreRequest(path, town_root, references=references))
+
+
 def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_root, tmp_path):
     """The annotations described as they are score 100; half of them misdescribed, half."""
     data = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build()
