@@ -6,7 +6,6 @@ again at any time, and gives the same numbers however many processes wrote the p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from experiments.planning_evaluation import MODEL, evaluate_planning
 from experiments.report import Report, ResultTable
 from experiments.score_drivelm import evaluate_drivelm
 from experiments.score_omnidrive import evaluate_omnidrive_plans
+from experiments.submissions import json_lines
 from odvla.errors import UserError
 from odvla.metrics.captions import score_captions, score_nux, start_meteor
 from odvla.metrics.forecasting import score_by_class, score_forecasts
@@ -48,13 +48,7 @@ def read_predictions(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"there are no predictions at {path}; run the stage first")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
-    return records
+    return list(json_lines(path, path.read_text(encoding="utf-8")))
 
 
 def evaluate_language(

@@ -124,7 +124,11 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     tables: list[ResultTable] = []
     planning: dict[str, Any] = {}
     samples: dict[str, dict[str, Any]] = {}
-    said = [sentence for counts in of_files for sentence in counts.sentences()]
+    said = [
+        f"{count} records of kind {kind!r} are no plans, and are not scored beside them"
+        for kind, count in submission.beside.items()
+    ]
+    said += [sentence for counts in of_files for sentence in counts.sentences()]
     numbers: dict[str, Any] = {
         "name": request.planner,
         "predictions": str(submission.path),
@@ -136,6 +140,8 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
     }
     if of_files:
         numbers["truth"] = [counts.as_dict() for counts in of_files]
+    if submission.beside:
+        numbers["not_scored"] = dict(submission.beside)
     blind: list[PlanSet] = []
     if request.baselines:
         blind, missing = _blind(data, truth)

@@ -20,21 +20,31 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from datamodules.array_pickles import load_arrays
+from datamodules.language_files import NOT_JSON
 from odvla.errors import UserError
 from odvla.language.omnidrive_plan import MARK as REAR_AXLE_PLAN
+from stages.plan_ablations import KIND_OF
 
 Kind = Literal["plans", "language", "detection", "tracking", "object_captions"]
 Record = dict[str, Any]
 TRAJECTORY = "_trajectory"
 PLAN_ASKED = "planning trajectory"  # in OmniDrive's request for a plan
 SHOWN = 3  # tokens that a sentence names
+# Kinds of our own records.
+ANSWERS = (
+    *("qa", "caption", "caption_object", "caption_map", "caption_scene", "narration"),
+    *("drivelm", "omnidrive", "omnidrive_plan"),
+)
+KINDS = ("plan", *KIND_OF.values(), *ANSWERS, "agent", "detection", "map")
+# One of these is in every answer that names no kind.
+SAID = {"question", "answer", "text", "prediction", "pred", "caption", "narration", "reasoning"}
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,16 @@ class Submission:
     results: dict[str, Any] = field(default_factory=dict)  # of boxes: token -> boxes
     doubled: tuple[str, ...] = ()  # tokens that come more than once; the first counts
     conflicting: tuple[str, ...] = ()  # of these, those whose plans differ
+    beside: Mapping[str, int] = field(default_factory=dict)  # records that are no plans, by kind
 
 
 def read_submission(path: Path) -> Submission:
     """Read a file of predictions, whatever its format.
 
     Raises:
-        UserError: the file is missing, empty, broken or of no known format, or a pickle names
-            anything but arrays.
+        UserError: the file is missing, empty, broken or of no known format, a record is of no
+            known kind, lacks what it is scored by or comes twice, or a pickle names anything but
+            arrays.
     """
     if path.is_dir():
         return _from_folder(path)
@@ -67,9 +79,9 @@ def read_submission(path: Path) -> Submission:
     if path.suffix in (".pkl", ".pickle"):
         return _from_pickle(path)
     text = _text(path)
-    content = _whole_json(text)
+    content = _whole_json(path, text)
     if content is None:
-        return _from_records(path, list(_lines(path, text)))
+        return _from_records(path, list(json_lines(path, text)))
     if isinstance(content, dict) and {"meta", "results"} <= set(content):
         return _from_nuscenes(path, content["results"])
     if isinstance(content, dict) and isinstance(content.get("results"), list):
@@ -191,21 +203,31 @@ def _pairs(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return content.pairs if isinstance(content, _Repeating) else list(content.items())
 
 
-def _whole_json(text: str) -> Any:
+def _whole_json(path: Path, text: str) -> Any:
     """Content where the file is one JSON value; None where it may be JSON lines."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
         return None
+    except NOT_JSON as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def _lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def json_lines(path: Path, text: str) -> Iterator[Any]:
+    """Content of every line of JSON lines; empty ones hold nothing.
+
+    A text within a line may hold any character but a line feed, also those at which
+    `str.splitlines` cuts.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error.msg}") from error
+            except NOT_JSON as error:
+                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
 
 
 def _from_pickle(path: Path) -> Submission:
@@ -255,14 +277,78 @@ def _from_records(path: Path, records: Any) -> Submission:
         return Submission(path, "object_captions", results=boxes)
     plans = [record for record in records if _is_plan(record)]
     if not plans:
-        return Submission(path, "language", records=[_told_plan(record) for record in records])
+        return _language(path, [_told_plan(record) for record in records])
+    others = Counter(
+        _kind_beside_plans(record, f"record {number} of {path}")
+        for number, record in enumerate(records)
+        if not _is_plan(record)
+    )
     pairs = []
     for number, record in enumerate(plans):
         token = _token(record)
         if token is None:
             raise UserError(f"plan {number} of {path} names no sample (id or sample_token)")
         pairs.append((token, _points_or_text(record)))
-    return _plans(path, pairs)
+    return replace(_plans(path, pairs), beside=dict(others))
+
+
+def _kind_beside_plans(record: Record, where: str) -> str:
+    """What a record is that is no plan."""
+    kind = record.get("kind", "answer" if SAID & set(record) else None)
+    if kind not in (*KINDS, "answer"):
+        told = f"kind {kind!r}" if "kind" in record else ", ".join(record) or "no field"
+        raise UserError(f"{where} is neither a plan nor of another known kind: it has {told}")
+    return str(kind)
+
+
+def _language(path: Path, records: list[Record]) -> Submission:
+    """Answers and captions; those that bring their references are whole, and there once."""
+    first: dict[tuple[str, ...], int] = {}
+    for number, record in enumerate(records):
+        own, where = "text" in record and "reference" in record, f"record {number} of {path}"
+        if "reference" in record and not isinstance(record.get("meta", {}), dict):
+            raise UserError(f"{where}: field 'meta' must be an object, not {record['meta']!r}")
+        if own or record.get("kind") in ("omnidrive", "omnidrive_plan"):
+            _check_own(record, where)
+        # Plans and answers beside a file that come twice are counted where they are scored.
+        if own and record["reference"] and record["kind"] != "omnidrive_plan":
+            key = tuple(str(record.get(k, "")) for k in ("kind", "sample_token", "id", "question"))
+            if first.setdefault(key, number) != number:
+                raise UserError(
+                    f"{where} answers what record {first[key]} does: sample {key[1]}, question "
+                    f"{key[3]!r} ({key[0]}); an 'id' would tell them apart"
+                )
+    return Submission(path, "language", records=records)
+
+
+def _check_own(record: Record, where: str) -> None:
+    """Stop where one of our records lacks what it is scored by."""
+    kind, meta, reference = record.get("kind"), record.get("meta", {}), record.get("reference")
+    if kind not in ANSWERS:
+        raise UserError(
+            f"{where} has a text and a reference, so its 'kind' must be one of "
+            f"{', '.join(ANSWERS)}, not {kind!r}"
+        )
+    texts = {name: record.get(name) for name in ("sample_token", "text")}
+    numbers: dict[str, list[Any]] = {}
+    if reference is not None:  # null and "": held back
+        texts["reference"] = reference
+    elif kind == "omnidrive":  # its file is asked
+        texts["question"] = record.get("question")
+    if reference and kind == "qa":
+        texts["meta.template_type"] = meta.get("template_type")
+        numbers["meta.num_hop"] = [meta.get("num_hop")]
+    if reference and kind == "drivelm" and meta.get("tags"):
+        texts["id"] = record.get("id")
+        texts |= {f"meta.{name}": meta.get(name) for name in ("question", "number", "tags")}
+        numbers |= {"meta.number": [meta.get("number")], "meta.tags": str(meta["tags"]).split()}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {name!r} must be a text, not {value!r}")
+    for name, values in numbers.items():
+        for value in values:
+            if not str(value).isdecimal():
+                raise UserError(f"{where}: field {name!r} must be of digits, not {value!r}")
 
 
 def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:
@@ -272,15 +358,14 @@ def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:
     entries = _pairs(content)
     values = [value for _, value in entries]
     if all(isinstance(value, dict) and not _is_plan(value) for value in values):
-        records = [{"sample_token": key, **value} for key, value in entries]
-        return Submission(path, "language", records=records)
+        return _language(path, [{"sample_token": key, **value} for key, value in entries])
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) == len(values) and not any(key.endswith(TRAJECTORY) for key in content):
         records = [_told_plan({"sample_token": key, "text": value}) for key, value in entries]
         if any("kind" in record for record in records) or not any(
             "(" in text and "," in text for text in texts
         ):
-            return Submission(path, "language", records=records)
+            return _language(path, records)
     pairs = []
     for key, value in entries:
         found = _points_or_text(value) if isinstance(value, dict) else unwrapped(value)
@@ -292,7 +377,7 @@ def _from_folder(folder: Path) -> Submission:
     """OmniDrive's results: a file a sample, named by its token; the plan is one of the answers."""
     records: list[Record] = []
     for path in sorted(folder.iterdir()):
-        content = _whole_json(_text(path)) if path.is_file() else None
+        content = _whole_json(path, _text(path)) if path.is_file() else None
         if not isinstance(content, list) or not all(
             isinstance(one, dict) and {"Q", "A"} <= set(one) for one in content
         ):
@@ -310,7 +395,7 @@ def _from_folder(folder: Path) -> Submission:
             )
     if not records:
         raise UserError(f"{folder} is empty: it holds no prediction")
-    return Submission(folder, "language", records=records)
+    return _language(folder, records)
 
 
 def _told_plan(record: Record) -> Record:
@@ -369,7 +454,7 @@ def as_points(value: Any) -> np.ndarray | None:
     """Points [n, 2] of whatever was given; None where they are no such numbers."""
     try:
         points = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # of a number beyond 1e308
         return None
     if points.ndim == 3 and len(points) == 1:
         points = points[0]

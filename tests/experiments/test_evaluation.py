@@ -1,11 +1,13 @@
 """Tables from prediction files: hand-made predictions with known scores."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from callbacks.predictions import WritePredictions
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.baselines import EgoMLPConfig
 from experiments.evaluation import (
@@ -16,6 +18,7 @@ from experiments.evaluation import (
 )
 from experiments.planning_evaluation import evaluate_planning
 from experiments.report import Report, ResultTable
+from experiments.submissions import read_submission
 from odvla.errors import UserError
 from odvla.types import EgoState, PlanTargets
 
@@ -142,6 +145,19 @@ def test_broken_prediction_files_are_named(tmp_path):
     (tmp_path / "predictions.jsonl").write_text('{"a": 1}\n{"b"\n')
     with pytest.raises(UserError, match=r"line 2 of .*predictions\.jsonl is not JSON"):
         read_predictions(tmp_path / "predictions.jsonl")
+
+
+def test_predictions_are_read_as_they_are_written(tmp_path):
+    """A text may hold what Unicode, but not JSON, calls the end of a line."""
+    written = WritePredictions(tmp_path / "predictions.jsonl")
+    text = "a\u2028b\u2029c\x85d\x0be\r\nf"
+    record = {"sample_token": "s", "kind": "caption", "text": text, "reference": "é"}
+    written.records = [record, {**record, "id": "2"}]
+    written.on_test_epoch_end(
+        SimpleNamespace(state=SimpleNamespace(fn="test"), is_global_zero=True), None
+    )
+    assert read_predictions(written.path) == [record, {**record, "id": "2"}]
+    assert read_submission(written.path).records == read_predictions(written.path)
 
 
 def test_report_is_written_as_markdown_and_json(tmp_path):

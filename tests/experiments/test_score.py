@@ -137,6 +137,29 @@ def test_missing_extra_doubled_and_unusable_plans_are_counted_and_named(truth, t
     assert torch.equal(mended.points[2, 5], mended.points[2, 4])
 
 
+def test_records_that_are_no_plans_are_counted_by_kind_or_refused(truth, tmp_path):
+    plans = [{"sample_token": t, "waypoints": p.tolist()} for t, p in driven(truth).items()]
+    others = [
+        {"sample_token": TOKENS[0], "kind": "caption", "text": "a", "reference": "b"},
+        {"sample_token": TOKENS[0], "kind": "plan_blind", "waypoints": None},
+        {"id": "1", "question": "?", "answer": "a"},
+    ]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("\n".join(map(json.dumps, others + plans + others[:1])))
+    submission = read_submission(path)
+    assert submission.beside == {"caption": 2, "plan_blind": 1, "answer": 1}
+    assert len(submission.plans) == 12
+    for odd, told in (
+        ({"sample_token": TOKENS[0], "waypoint": []}, "it has sample_token, waypoint"),
+        ({"sample_token": TOKENS[0], "kind": "plans", "text": ""}, "it has kind 'plans'"),
+        ({}, "it has no field"),
+    ):
+        path.write_text("\n".join(map(json.dumps, [*plans, odd])))
+        message = f"record 12 of .* is neither a plan nor of another known kind: {told}"
+        with pytest.raises(UserError, match=message):
+            read_submission(path)
+
+
 @pytest.mark.parametrize("frame", ["ego", "swapped", "mirrored", "offsets"])
 def test_a_wrong_frame_is_found_by_the_ground_truth(truth, tmp_path, frame):
     rng = np.random.default_rng(0)
@@ -216,6 +239,9 @@ class Evil:
         ("p.jsonl", b'{"kind": "plan"}\n{"kind"', "line 2 of .* is not JSON"),
         ("p.jsonl", b'{"kind": "plan"}\n{"kind": "plan"}', "plan 0 of .* names no sample"),
         ("p.json", b'{"meta": {}, "results": {}}', "hold no sample"),
+        ("p.json", b"[" * 100_000, r"p\.json is not JSON: maximum recursion depth"),
+        ("p.json", b"[1" + b"0" * 5000 + b"]", r"p\.json is not JSON: Exceeds the limit"),
+        ("p.jsonl", b'{"kind": "plan"}\n' + b"[" * 100_000, "line 2 of .* is not JSON: maximum"),
     ],
 )
 def test_broken_files_are_refused_with_a_sentence(tmp_path, capsys, name, content, message):
@@ -232,6 +258,10 @@ def test_plans_of_other_samples_are_refused(truth, tmp_path):
         plan_set(read_submission(path), truth, repair=False)
     path = write_pickle(tmp_path / "plans.pkl", {TOKENS[0]: np.zeros((5, 2))})
     with pytest.raises(UserError, match=r"not one of its 1 plans can be used.*5 points instead"):
+        plan_set(read_submission(path), truth, repair=False)
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps({TOKENS[0]: [[10**400, 0]] * 6}))
+    with pytest.raises(UserError, match=r"not one of its 1 plans can be used.*no list of points"):
         plan_set(read_submission(path), truth, repair=False)
     with pytest.raises(UserError, match="no file of predictions"):
         read_submission(tmp_path / "none.json")
