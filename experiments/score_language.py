@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +65,14 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
             ("missing", "references have no answer"),
             ("extra", "answers have no reference"),
             ("doubled", "answers come more than once, the first counts"),
-            ("empty", "answers are empty, they count as wrong"),
         ):
             if counts.get(name):
                 said.append(f"{len(counts[name])} {sentence}: {named(counts[name])}")
-    alone = [str(r.get("id") or r.get("sample_token")) for r in records if not r["reference"]]
+    scored = [record for record in records if record["reference"]]
+    empty = [_name(record) for record in scored if not record["text"].strip()]
+    if empty:
+        said.append(f"{len(empty)} answers are empty, they count as wrong: {named(empty)}")
+    alone = [_name(record) for record in records if not record["reference"]]
     if alone:
         said.append(
             f"{len(alone)} answers have an empty reference, and are not scored: {named(alone)}"
@@ -80,7 +83,7 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
     if not tables:
         raise UserError(f"{submission.path} holds neither answers nor captions that can be scored")
     if request.bert is not None:
-        table, scores = _bert(request.bert, [r for r in records if r["reference"]])
+        table, scores = _bert(request.bert, scored)
         tables, numbers = (*tables, table), {**numbers, "bert_score": scores}
     found = {
         "name": request.planner,
@@ -91,6 +94,10 @@ def score_language(request: ScoreRequest, submission: Submission) -> Found:
         "counts": counts,
     }
     return Found(Report(request.planner, tables, found), tuple(said), records)
+
+
+def _name(record: Record) -> str:
+    return str(record.get("id") or record["sample_token"])
 
 
 def _with_plans(request: ScoreRequest, submission: Submission, plans: list[Record]) -> Found:
@@ -132,7 +139,7 @@ def kind_and_references(
                 "reference of their own"
             )
         return "narration", references(request, "narration")
-    keys = {_key(record, str(submission.path)) for record in submission.records}
+    keys = {key for key, _ in _keyed(submission.records, submission.path)}
     found: dict[str, dict[tuple[str, str], Record]] = {}
     for kind in ("qa", "caption"):
         if request.references is None:
@@ -165,7 +172,8 @@ def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record
     """References by (sample token, question).
 
     Raises:
-        UserError: the file is missing or does not hold what it should.
+        UserError: the file is missing or does not hold what it should, or answers a question in
+            two ways.
     """
     _, inside = FILES[kind]
     path = _reference_path(request, kind)
@@ -177,10 +185,32 @@ def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record
     if inside is not None and not isinstance(content, list):
         content = content.get(inside) if isinstance(content, Mapping) else None
     if isinstance(content, Mapping):
-        content = [{"sample_token": token, **value} for token, value in content.items()]
+        content = [
+            {"sample_token": token, **value} if isinstance(value, Mapping) else value
+            for token, value in content.items()
+        ]
     if not isinstance(content, list) or not content:
         raise UserError(f"{path} holds no references of the kind that {kind!r} needs")
-    return {_key(record, str(path)): record for record in content}
+    found: dict[tuple[str, str], Record] = {}
+    for number, (key, record) in enumerate(_keyed(content, path)):
+        if kind == "qa":
+            _check_question(record, f"record {number} of {path}")
+        # Asked twice, it is one question; answered in two ways, nobody knows which one counts.
+        if _of_nux(found.setdefault(key, record)) != _of_nux(record):
+            raise UserError(
+                f"record {number} of {path} is another answer to a question of sample {key[0]}: "
+                f"{key[1]!r}"
+            )
+    return found
+
+
+def _check_question(record: Record, where: str) -> None:
+    """Stop where a question of NuScenes-QA lacks what its answers are grouped by."""
+    template, hops = record.get("template_type"), record.get("num_hop")
+    if not isinstance(template, str):
+        raise UserError(f"{where}: field 'template_type' must be a text, not {template!r}")
+    if not isinstance(hops, int | str) or str(hops) not in ("0", "1"):
+        raise UserError(f"{where}: field 'num_hop' must be 0 or 1, not {hops!r}")
 
 
 def join(
@@ -193,8 +223,7 @@ def join(
     """
     answers: dict[tuple[str, str], Record] = {}
     doubled: list[str] = []
-    for record in submission.records:
-        key = _key(record, str(submission.path))
+    for key, record in _keyed(submission.records, submission.path):
         if key in answers:
             doubled.append(key[0])
         answers.setdefault(key, record)
@@ -239,11 +268,13 @@ def join(
     return records, {**counts, "n_empty": len(empty), "empty": empty}
 
 
-def _key(record: Record, where: str) -> tuple[str, str]:
-    token = record.get("sample_token")
-    if not isinstance(token, str):
-        raise UserError(f"{where}: a record names no sample_token")
-    return token, str(record.get("question", ""))
+def _keyed(records: Sequence[Any], path: Path) -> Iterator[tuple[tuple[str, str], Record]]:
+    """Records, each with its sample token and its question."""
+    for number, record in enumerate(records):
+        token = record.get("sample_token") if isinstance(record, Mapping) else None
+        if not isinstance(token, str):
+            raise UserError(f"record {number} of {path} names no sample_token")
+        yield (token, str(record.get("question", ""))), record
 
 
 def _answer(record: Record) -> str:
@@ -256,7 +287,7 @@ def _answer(record: Record) -> str:
 
 
 def _of_nux(record: Record) -> str:
-    """Narration and reasoning as one text, so that `split_nux` finds both again."""
+    """Narration and reasoning as one text that `split_nux` takes apart again; else the answer."""
     if not {"narration", "reasoning"} & set(record):
         return _answer(record)
     narration, reasoning = (record.get(name) or "" for name in ("narration", "reasoning"))

@@ -10,7 +10,7 @@ from experiments.report_tables import other_tables
 from experiments.result_files import read_results
 from experiments.score import ScoreRequest, score
 from experiments.score_language import join
-from experiments.submissions import Submission
+from experiments.submissions import Submission, read_submission
 from odvla.errors import UserError
 
 
@@ -85,6 +85,92 @@ def test_answers_whose_reference_is_empty_are_left_out(town_root, tmp_path):
     references.write_text(json.dumps({"questions": half[::2]}))
     with pytest.raises(UserError, match="neither answers nor captions that can be scored"):
         score(ScoreRequest(path, town_root, references=references))
+
+
+QA = {
+    "sample_token": "a",
+    "kind": "qa",
+    "text": "yes",
+    "reference": "yes",
+    "meta": {"template_type": "exist", "num_hop": "0"},
+}
+DRIVELM = {
+    "id": "scene_a_0",
+    "sample_token": "a",
+    "kind": "drivelm",
+    "text": "yes",
+    "reference": "yes",
+    "meta": {"question": "?", "number": "0", "tags": "0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "reference": "a"}, "so its 'kind' must be one of qa, .*, not None"),
+        ({**QA, "kind": "nonsense"}, "so its 'kind' must be one of qa, .*, not 'nonsense'"),
+        ({**QA, "meta": {}}, r"field 'meta\.template_type' must be a text, not None"),
+        ({k: v for k, v in QA.items() if k != "meta"}, r"field 'meta\.template_type' must be a"),
+        ({**QA, "meta": None}, "field 'meta' must be an object, not None"),
+        ({**QA, "meta": {**QA["meta"], "num_hop": "a"}}, r"'meta\.num_hop' must be of digits, not"),
+        ({**QA, "sample_token": 3}, "field 'sample_token' must be a text, not 3"),
+        ({**QA, "kind": "caption", "text": None}, "field 'text' must be a text, not None"),
+        (
+            {**QA, "kind": "caption", "reference": ["a"]},
+            r"field 'reference' must be a text, not \[",
+        ),
+        ({**DRIVELM, "meta": {"tags": "0"}}, r"field 'meta\.question' must be a text, not None"),
+        ({**DRIVELM, "meta": {**DRIVELM["meta"], "tags": [0]}}, r"'meta\.tags' must be a text"),
+        ({**DRIVELM, "meta": {**DRIVELM["meta"], "tags": "x"}}, r"'meta\.tags' must be of digits"),
+        (
+            {"sample_token": "a", "kind": "omnidrive", "text": "a"},
+            "field 'question' must be a text",
+        ),
+        ({"sample_token": "a", "kind": "omnidrive_plan"}, "field 'text' must be a text, not None"),
+    ],
+)
+def test_a_record_of_ours_that_lacks_what_it_is_scored_by_is_named(tmp_path, record, message):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{**QA, "sample_token": "b"}, record])))
+    with pytest.raises(UserError, match=rf"record 1 of {path}.*{message}"):
+        read_submission(path)
+
+
+def test_a_record_of_ours_that_comes_twice_is_named(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    # Several questions of a sample are none; nor is a question that was asked twice.
+    fine = [{**QA, "question": "a?"}, QA, {**QA, "id": "1"}, {**QA, "id": "2"}, DRIVELM]
+    path.write_text("\n".join(map(json.dumps, fine)))
+    assert read_submission(path).records == fine
+    path.write_text("\n".join(map(json.dumps, [*fine, {**fine[0], "text": "no"}])))
+    message = rf"record 5 of {path} answers what record 0 does: sample a, question 'a\?' \(qa\)"
+    with pytest.raises(UserError, match=message):
+        read_submission(path)
+
+
+def test_references_that_cannot_be_used_are_named(tmp_path):
+    path, answers = tmp_path / "references.json", tmp_path / "answers.json"
+    answers.write_text(json.dumps([{"sample_token": "a", "question": "?", "answer": "yes"}]))
+    asked = {"sample_token": "a", "question": "?", "answer": "no", "template_type": "exist"}
+    asked["num_hop"] = 0
+    bare = {name: value for name, value in asked.items() if name != "template_type"}
+    for content, message in (
+        ([3], "record 0 of .* names no sample_token"),
+        ({"questions": [asked, 2]}, "record 1 of .* names no sample_token"),
+        ({"questions": {"a": 3}}, "record 0 of .* names no sample_token"),
+        ({"questions": [bare]}, "record 0 of .*: field 'template_type' must be a text, not None"),
+        ({"questions": [asked | {"num_hop": 2}]}, "record 0 of .*: field 'num_hop' must be 0 or 1"),
+        (
+            {"questions": [asked, asked, asked | {"answer": "yes"}]},
+            r"record 2 of .* is another answer to a question of sample a: '\?'",
+        ),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            score(ScoreRequest(answers, tmp_path, references=path))
+    path.write_text(json.dumps({"questions": [asked, asked | {"id": "again"}]}))
+    found = score(ScoreRequest(answers, tmp_path, references=path)).report.numbers["language"]
+    assert found["question_answering"]["questions"] == 1
 
 
 def test_captions_of_boxes_are_scored_against_those_of_the_annotated_boxes(town_root, tmp_path):
