@@ -153,6 +153,8 @@ def score_plans(request: ScoreRequest, submission: Submission) -> Found:
         plans, counts = plan_set(
             submission, truth, repair=repair, frame=request.frame, name=request.name
         )
+        # Who sees nothing is scored on the same samples.
+        blind = [replace(planner, failures=plans.failures) for planner in blind]
         found = score_planners(truth, [plans, *blind], cards)
         tables += planning_tables(found, {plans.name: plans.readable_percent})
         for planner in blind:

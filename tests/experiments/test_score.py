@@ -13,6 +13,7 @@ from experiments.plan_submission import FRAMES, plan_set
 from experiments.planning_scores import PlanSet, score_planners
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
 from experiments.result_files import read_results
+from experiments.score import ScoreRequest, score
 from experiments.submissions import read_submission
 from odvla.errors import UserError
 from odvla.language.waypoints import format_waypoints
@@ -322,3 +323,25 @@ def test_the_verb_scores_a_town(town_root, tmp_path, capsys):
     assert set(results["counts_by_reading"]) == {"strict", "repair"}
     assert main(["score", str(path), "--data", str(tmp_path)]) == 2
     assert "holds none of v1.0-mini" in capsys.readouterr().err
+
+
+def test_who_sees_nothing_is_scored_on_the_samples_of_the_plans(town_root, tmp_path):
+    data = NuScenesDataConfig(root=str(town_root), version="v1.0-trainval").build()
+    truth = PlanningTruth.of(data)
+    driven = zip(truth.split.tokens[:4], truth.split.waypoints.tolist(), strict=False)
+    records = [{"sample_token": token, "waypoints": path} for token, path in driven]
+    records[3]["waypoints"] = records[3]["waypoints"][:5]
+    records += [{"sample_token": records[0]["sample_token"], "kind": "caption", "text": "a"}] * 2
+    path = tmp_path / "plans.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    # "uniad" lets a car stand whose plan cannot be read, "omnidrive" leaves it out.
+    request = ScoreRequest(path, town_root, protocols=("uniad", "omnidrive"), baselines=True)
+    found = score(request)
+    numbers = found.report.numbers
+    assert numbers["not_scored"] == {"caption": 2}
+    assert "2 records of kind 'caption' are no plans, and are not scored beside them" in found.said
+    assert [numbers["planning"][name]["n_samples"] for name in request.protocols] == [4, 3]
+    for beside in numbers["baselines"].values():
+        assert [beside[name]["n_samples"] for name in request.protocols] == [4, 3]
+    driving = {name: scores["n_samples"] for name, scores in numbers["driving"].items()}
+    assert {driving[name] for name in numbers["baselines"]} == {driving["plans.jsonl"]}
