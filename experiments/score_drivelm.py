@@ -17,7 +17,7 @@ from datamodules.language_files import read_json
 from experiments.report import Report, ResultTable
 from experiments.submissions import Submission, answer_counts, named
 from odvla.errors import UserError
-from odvla.metrics.drivelm import LANGUAGE, DriveLMAnswer, DriveLMScores, score_drivelm
+from odvla.metrics.drivelm import LANGUAGE, TAGS, DriveLMAnswer, DriveLMScores, score_drivelm
 
 if TYPE_CHECKING:
     from experiments.score import Found, ScoreRequest
@@ -88,7 +88,8 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
     """Answers of a file against the questions with answers of another one.
 
     Raises:
-        UserError: the references are missing or do not fit, or no answer belongs to them.
+        UserError: the references are missing or do not fit, no answer belongs to them, or some
+            are to other questions.
     """
     from experiments.score import Found
 
@@ -99,9 +100,11 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
             "answers and tags, as DriveLM's extract_data.py and convert_data.py make it, with "
             "--references"
         )
-    answers, doubled = _answers(submission)
+    records, doubled = _answers(submission)
+    answers = {name: _text(record) for name, record in records.items()}
     frames = _frames(read_json(path), path, answers)
     asked = [one for questions in frames.values() for one in questions]
+    _refuse_others_questions(records, asked, submission.path, path)
     known = {one.name for one in asked}
     extra = [name for name in answers if name not in known]
     answered = {
@@ -116,6 +119,7 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
         )
     scores = score_drivelm(answered.values())
     missing = [one.name for one in asked if one.answer is None]
+    empty = [one.name for one in asked if one.answer is not None and not one.answer.strip()]
     counts = {
         **answer_counts(
             len(submission.records),
@@ -125,6 +129,8 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
             extra=extra,
             doubled=doubled,
         ),
+        "n_empty": len(empty),
+        "empty": empty,
         "key_frames": len(frames),
         "n_key_frames_unanswered": len(frames) - len(answered),
     }
@@ -134,6 +140,7 @@ def score_answers_of_drivelm(request: ScoreRequest, submission: Submission) -> F
             (missing, "questions have no answer"),
             (extra, "answers have no question"),
             (doubled, "questions are answered more than once, the first counts"),
+            (empty, "answers are empty, they count as wrong"),
         )
         if names
     ]
@@ -204,12 +211,16 @@ def numbers_of(scores: DriveLMScores) -> dict[str, Any]:
     }
 
 
-def _answers(submission: Submission) -> tuple[dict[str, str], list[str]]:
-    """Answers by id, the first where one comes twice; ids that do."""
-    answers: dict[str, str] = {}
+def _text(record: Record) -> Any:
+    return record.get("text", record.get("answer"))
+
+
+def _answers(submission: Submission) -> tuple[dict[str, Record], list[str]]:
+    """Records by id, the first where one comes twice; ids that do."""
+    answers: dict[str, Record] = {}
     doubled = []
     for number, record in enumerate(submission.records):
-        name, text = record.get("id"), record.get("text", record.get("answer"))
+        name, text = record.get("id"), _text(record)
         if not isinstance(name, str) or not isinstance(text, str):
             raise UserError(
                 f"record {number} of {submission.path} must have an id and an answer that are "
@@ -217,19 +228,58 @@ def _answers(submission: Submission) -> tuple[dict[str, str], list[str]]:
             )
         if name in answers:
             doubled.append(name)
-        answers.setdefault(name, text)
+        answers.setdefault(name, record)
     return answers, doubled
+
+
+def _refuse_others_questions(
+    answers: Mapping[str, Record], asked: Sequence[DriveLMAnswer], path: Path, references: Path
+) -> None:
+    """Stop where answers name another question than their id does."""
+    found = []
+    for one in asked:
+        told = str(answers.get(one.name, {}).get("question") or "")
+        told, known = " ".join(told.split()), " ".join(one.question.split())
+        # A prompt may add to a question, an image's place or options, or be its last line.
+        if told not in known and known not in told:
+            found.append((one.name, told, known))
+    if found:
+        name, told, known = found[0]
+        raise UserError(
+            f"{path}: {len(found)} answers are to other questions than {references} has under "
+            f"their ids: {named(name for name, *_ in found)}; {name} answers {told!r}, not "
+            f"{known!r}"
+        )
 
 
 def _frames(content: Any, path: Path, answers: Mapping[str, str]) -> dict[str, list[DriveLMAnswer]]:
     """Questions by sample token, references and answers as the strings they are."""
     frames: dict[str, list[DriveLMAnswer]] = {}
     for scene, sample, record in key_frames(content, path):
+        where = f"{path}, scene {scene}, sample {sample}"
         questions: list[DriveLMAnswer] = []
-        topics = record.get("QA", {})
+        topics = record.get("QA")
+        if not isinstance(topics, Mapping) or not set(topics) <= set(TOPICS):
+            raise UserError(
+                f"{where}: field 'QA' must be an object of {', '.join(TOPICS)}, not "
+                f"{list(topics) if isinstance(topics, Mapping) else topics!r}"
+            )
+        if sample in frames:
+            raise UserError(f"{where}: another scene has the sample, too")
         for topic in TOPICS:
-            for asked in topics.get(topic, ()):
+            found = topics.get(topic, [])
+            if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+                raise UserError(f"{where}: field 'QA.{topic}' must be a list of questions")
+            for asked in found:
                 name = f"{scene}_{sample}_{len(questions)}"
+                question, tags = asked.get("Q"), asked.get("tag") or []
+                if not isinstance(question, str) or not question.strip():
+                    raise UserError(f"{path}, {name}: field 'Q' must be a text, not {question!r}")
+                if not isinstance(tags, list) or any(tag not in TAGS for tag in tags):
+                    raise UserError(
+                        f"{path}, {name}: field 'tag' must be a list of "
+                        f"{', '.join(map(str, TAGS))}, not {tags!r}"
+                    )
                 reference = asked.get("A")
                 if not reference or not isinstance(reference, str):
                     raise UserError(
@@ -238,10 +288,10 @@ def _frames(content: Any, path: Path, answers: Mapping[str, str]) -> dict[str, l
                     )
                 questions.append(
                     DriveLMAnswer(
-                        question=str(asked.get("Q", "")),
+                        question=question,
                         reference=reference,
                         answer=answers.get(name),
-                        tags=tuple(asked.get("tag") or ()),
+                        tags=tuple(tags),
                         name=name,
                     )
                 )

@@ -1,6 +1,7 @@
 """Answers to DriveLM's questions: the challenge's files and ours, and all that can be wrong."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -119,9 +120,49 @@ def test_files_that_cannot_be_used_are_named(town_root, references, tmp_path):
     train = write(tmp_path / "train.json", answers(json.loads(untagged.read_text())))
     with pytest.raises(UserError, match="its tags must be some of 0, 1, 2, 3"):
         score(request(train, town_root, references=untagged))
+    scene = next(iter(references))
+    sample = next(iter(references[scene]["key_frames"]))
+    for change, message in (
+        ({"QA": None}, "field 'QA' must be an object of perception, .*, not None"),
+        ({"QA": []}, r"field 'QA' must be an object of perception, .*, not \[\]"),
+        ({"QA": {"Perception": []}}, r"field 'QA' must be an object of .*, not \['Perception'\]"),
+        ({"QA": {"planning": None}}, r"field 'QA\.planning' must be a list of questions"),
+        ({"QA": {"planning": {"a": 1}}}, r"field 'QA\.planning' must be a list of questions"),
+        ({"QA": {"planning": [{"Q": "?", "A": "a", "tag": 3}]}}, "field 'tag' must be a list of 0"),
+        ({"QA": {"planning": [{"A": "a", "tag": [0]}]}}, "field 'Q' must be a text, not None"),
+    ):
+        odd = {scene: {"key_frames": {sample: change}}}
+        with pytest.raises(UserError, match=message) as told:
+            score(request(path, town_root, references=write(tmp_path / "odd.json", odd)))
+        assert sample in str(told.value)
+    twice = write(tmp_path / "twice.json", {**references, "other": references[scene]})
+    with pytest.raises(UserError, match=rf"scene other, sample {sample}: another scene has the"):
+        score(request(path, town_root, references=twice))
     broken = write(tmp_path / "broken.json", [{"id": "a_b_0", "answer": 3}])
     with pytest.raises(UserError, match=r"record 0 of .* must have an id and an answer"):
         score(request(broken, town_root))
+
+
+def test_answers_to_other_questions_are_refused(town_root, references, tmp_path):
+    records = answers(references)
+    first, later = records[0], records[3]
+    said = [*records[:3], {**later, "question": first["question"]}, *records[4:]]
+    path = write(tmp_path / "output.json", said)
+    with pytest.raises(UserError, match=rf"1 answers are to other questions .*: {later['id']}; "):
+        score(request(path, town_root))
+    # Ids that are one off.
+    shifted = [{**one, "id": two["id"]} for one, two in pairwise(records)]
+    with pytest.raises(UserError, match=rf"answers are to other questions .*: {records[1]['id']}"):
+        score(request(write(path, shifted), town_root))
+
+
+def test_empty_answers_count_as_wrong_and_are_named(town_root, references, tmp_path):
+    records = answers(references)
+    records[0]["answer"], records[5]["answer"] = "", " "
+    found = score(request(write(tmp_path / "output.json", records), town_root))
+    names = [records[0]["id"], records[5]["id"]]
+    assert found.said == (f"2 answers are empty, they count as wrong: {', '.join(names)}",)
+    assert found.report.numbers["counts"]["empty"] == names
 
 
 def ours(town_root, file, text):
