@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nuscenes.eval.detection.constants import ATTRIBUTE_NAMES
+
+from experiments.detection import MAX_BOXES, evaluate_detections, samples_of_split
 from experiments.evaluation import detection_table, tracking_table
 from experiments.report import Report
 from experiments.submissions import Submission, coverage
+from experiments.tracking_scores import TRACKED, evaluate_tracks
 from odvla.errors import UserError
+from odvla.types import DETECTION_CLASSES
 
 if TYPE_CHECKING:
     from experiments.score import Found, ScoreRequest
@@ -20,6 +25,12 @@ FIELDS = {
     "tracking": ("tracking_name", "tracking_score", "tracking_id"),
 }
 SHARED = {"sample_token": None, "translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+# What the devkit knows by name; a box may have no attribute.
+NAMES = {
+    "detection_name": DETECTION_CLASSES,
+    "attribute_name": (*ATTRIBUTE_NAMES, ""),
+    "tracking_name": TRACKED,
+}
 
 
 def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
@@ -31,9 +42,7 @@ def score_boxes(request: ScoreRequest, submission: Submission) -> Found:
     from nuscenes.nuscenes import NuScenes
 
     from datamodules.records import SPLITS
-    from experiments.detection import evaluate_detections, samples_of_split
     from experiments.score import Found, open_data
-    from experiments.tracking_scores import evaluate_tracks
 
     data = open_data(request.data, request.version)
     version = data.config.version
@@ -72,6 +81,8 @@ def _check(boxes: Any, token: str, submission: Submission) -> None:
     where = f"{submission.path}, sample {token}"
     if not isinstance(boxes, list):
         raise UserError(f"{where}: expected a list of boxes")
+    if len(boxes) > MAX_BOXES:
+        raise UserError(f"{where}: {len(boxes)} boxes, and the devkit takes {MAX_BOXES} at most")
     for number, box in enumerate(boxes):
         for name in (*SHARED, *FIELDS[submission.kind]):
             if not isinstance(box, dict) or name not in box:
@@ -82,9 +93,7 @@ def _check(boxes: Any, token: str, submission: Submission) -> None:
             if size is None:
                 continue
             values = box[name]
-            numeric = isinstance(values, list) and all(
-                isinstance(value, int | float) and math.isfinite(value) for value in values
-            )
+            numeric = isinstance(values, list) and all(map(_finite, values))
             if not numeric or len(values) != size:
                 raise UserError(f"{where}, box {number}: {name} must be {size} numbers")
         if min(box["size"]) <= 0:
@@ -92,7 +101,22 @@ def _check(boxes: Any, token: str, submission: Submission) -> None:
         if not any(box["rotation"]):
             raise UserError(f"{where}, box {number}: rotation is 0, no quaternion of a turn")
         score = box[f"{submission.kind}_score"]
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if not _finite(score):
             raise UserError(
                 f"{where}, box {number}: {submission.kind}_score must be a number, not {score!r}"
             )
+        for name in FIELDS[submission.kind]:
+            if name in NAMES and box[name] not in NAMES[name]:
+                raise UserError(
+                    f"{where}, box {number}: {name} must be one of "
+                    f"{', '.join(filter(None, NAMES[name]))}, not {box[name]!r}"
+                )
+        if not isinstance(box.get("tracking_id", ""), str | int):
+            raise UserError(
+                f"{where}, box {number}: tracking_id must be a text, not {box['tracking_id']!r}"
+            )
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a number that a float can be, and not NaN."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max

@@ -7,7 +7,7 @@ nuScenes has it) and caption.
 
 from __future__ import annotations
 
-import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,9 @@ def _object(box: Any, token: str, number: int, path: Path) -> ObjectCaption:
     if not (
         isinstance(size, list)
         and len(size) == 3
-        and all(isinstance(value, int | float) and 0 < value < math.inf for value in size)
+        and all(
+            isinstance(value, int | float) and 0 < value <= sys.float_info.max for value in size
+        )
     ):
         raise UserError(f"{where}: size must be width, length and height in metres, all above 0")
     width, length, height = map(float, size)

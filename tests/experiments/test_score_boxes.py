@@ -80,10 +80,17 @@ def test_a_detection_submission_is_scored_by_the_devkit(annotated_boxes, town_ro
         ({"rotation": [0.0, 0.0, 0.0, 0.0]}, "rotation is 0"),
         ({"detection_score": "high"}, "detection_score must be a number, not 'high'"),
         ({"detection_score": math.nan}, "detection_score must be a number, not nan"),
+        ({"detection_score": 10**400}, "detection_score must be a number, not 10"),
+        ({"translation": [10**400, 0, 0]}, "translation must be 3 numbers"),
+        ({"detection_name": "Car"}, "detection_name must be one of car, .*, not 'Car'"),
+        ({"attribute_name": "x"}, "attribute_name must be one of .*, not 'x'"),
     ):
         path.write_text(json.dumps({"meta": {}, "results": {**results, token: [box | change]}}))
         with pytest.raises(UserError, match=rf"sample {token}, box 0: {message}"):
             score(ScoreRequest(path, town_root))
+    path.write_text(json.dumps({"meta": {}, "results": {**results, token: [box] * 501}}))
+    with pytest.raises(UserError, match=rf"sample {token}: 501 boxes, and the devkit takes 500"):
+        score(ScoreRequest(path, town_root))
     path.write_text(json.dumps({"meta": {}, "results": {"x": []}}))
     with pytest.raises(UserError, match="none of its 1 samples is a key-frame of the val split"):
         score(ScoreRequest(path, town_root))
@@ -105,6 +112,15 @@ def test_a_tracking_submission_is_scored_by_the_devkit(annotated_boxes, town_roo
     found = scored.report.numbers["tracking"]
     assert found["label_metrics"]["amota"]["car"] > 0.9
     assert found["ids"] == 0
+    token, (box, *_) = next((t, boxes) for t, boxes in results.items() if boxes)
+    odd = tmp_path / "odd.json"
+    for change, message in (
+        ({"tracking_id": [1]}, r"tracking_id must be a text, not \[1\]"),
+        ({"tracking_name": "barrier"}, "tracking_name must be one of .*, not 'barrier'"),
+    ):
+        odd.write_text(json.dumps({"meta": {}, "results": {**results, token: [box | change]}}))
+        with pytest.raises(UserError, match=rf"sample {token}, box 0: {message}"):
+            score(ScoreRequest(odd, town_root))
     scored.write(tmp_path / "out")
     (table,) = other_tables(read_results([tmp_path / "out"]))
     assert table.title == "Tracking"
