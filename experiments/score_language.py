@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from odvla.errors import UserError
 
 if TYPE_CHECKING:
     from experiments.score import Found, ScoreRequest
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 BERT_LAYERS = {"bert-base-uncased": 9, "roberta-large": 17}
@@ -172,8 +175,7 @@ def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record
     """References by (sample token, question).
 
     Raises:
-        UserError: the file is missing or does not hold what it should, or answers a question in
-            two ways.
+        UserError: the file is missing or does not hold what it should.
     """
     _, inside = FILES[kind]
     path = _reference_path(request, kind)
@@ -192,16 +194,21 @@ def references(request: ScoreRequest, kind: str) -> dict[tuple[str, str], Record
     if not isinstance(content, list) or not content:
         raise UserError(f"{path} holds no references of the kind that {kind!r} needs")
     found: dict[tuple[str, str], Record] = {}
+    unclear: set[tuple[str, str]] = set()
     for number, (key, record) in enumerate(_keyed(content, path)):
         if kind == "qa":
             _check_question(record, f"record {number} of {path}")
         # Asked twice, it is one question; answered in two ways, nobody knows which one counts.
         if _of_nux(found.setdefault(key, record)) != _of_nux(record):
-            raise UserError(
-                f"record {number} of {path} is another answer to a question of sample {key[0]}: "
-                f"{key[1]!r}"
-            )
-    return found
+            unclear.add(key)
+    if unclear:
+        log.warning(
+            "%s answers %d questions in several ways, and they are not scored: %s",
+            path,
+            len(unclear),
+            named(f"{token} {question!r}" for token, question in sorted(unclear)),
+        )
+    return {key: record for key, record in found.items() if key not in unclear}
 
 
 def _check_question(record: Record, where: str) -> None:
