@@ -166,7 +166,11 @@ def _one_more(records: dict[str, list[Any]], number: int) -> None:
     records["scene"][0]["nbr_samples"] += 1
     for data in [r for r in records["sample_data"] if r["sample_token"] == last["token"]]:
         records["sample_data"].append(
-            {**data, "token": "ffff" + data["token"][4:], "sample_token": new["token"]}
+            {
+                **data,
+                "token": f"ffff{number:04x}" + data["token"][8:],
+                "sample_token": new["token"],
+            }
         )
 
 

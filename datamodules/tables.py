@@ -9,10 +9,11 @@ the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.table_checks import check_tables
 from odvla.errors import UserError
 
 Record = dict[str, Any]
@@ -32,27 +33,6 @@ TABLES = (
     "map",
 )
 STREAMED = ("sample_data", "ego_pose")
-# (table, field, table the field points into, may be empty). map.log_tokens is left out: in the real
-# v1.0-mini it names logs that only v1.0-trainval has.
-LINKS = (
-    ("calibrated_sensor", "sensor_token", "sensor", False),
-    ("instance", "category_token", "category", False),
-    ("sample", "scene_token", "scene", False),
-    ("sample", "prev", "sample", True),
-    ("sample", "next", "sample", True),
-    ("sample_annotation", "attribute_tokens", "attribute", True),
-    ("sample_annotation", "instance_token", "instance", False),
-    ("sample_annotation", "next", "sample_annotation", True),
-    ("sample_annotation", "prev", "sample_annotation", True),
-    ("sample_annotation", "sample_token", "sample", False),
-    ("sample_annotation", "visibility_token", "visibility", True),
-    ("sample_data", "calibrated_sensor_token", "calibrated_sensor", False),
-    ("sample_data", "ego_pose_token", "ego_pose", False),
-    ("sample_data", "sample_token", "sample", False),
-    ("scene", "first_sample_token", "sample", False),
-    ("scene", "last_sample_token", "sample", False),
-    ("scene", "log_token", "log", False),
-)
 _CHUNK = 1 << 22  # characters
 _LONGEST = 1 << 25  # characters of a record; more cannot be one
 Progress = Callable[[str, int, int], None]  # what is being done, done, of how many
@@ -68,7 +48,8 @@ class Tables:
         progress: told about each table.
 
     Raises:
-        UserError: a table is not JSON, lacks a field, or a token points nowhere.
+        UserError: a table is not JSON, lacks a field, or has a token twice or one that points
+            nowhere.
     """
 
     def __init__(
@@ -86,7 +67,7 @@ class Tables:
                 progress(f"reading {name}", done, len(TABLES))
             self._records[name] = _read_table(folder, name)
         self._rows: dict[str, dict[str, int]] = {}
-        check_links(self._records, folder, skip=STREAMED)
+        check_tables(self._records, folder)
         for done, (name, keep) in enumerate(
             (("sample_data", self._keep_file(modalities)), ("ego_pose", self._keep_pose))
         ):
@@ -94,7 +75,7 @@ class Tables:
                 progress(f"reading {name}", len(TABLES) - 2 + done, len(TABLES))
             path = folder / f"{name}.json"
             self._records[name] = [record for record in stream_records(path) if keep(record)]
-        check_links(self._records, folder, only=("sample_data",))
+        check_tables(self._records, folder, only=STREAMED)
         self._connect()
 
     def __getattr__(self, name: str) -> list[Record]:
@@ -147,7 +128,13 @@ class Tables:
             if not record["is_key_frame"]:
                 continue
             channel = self._channel[record["calibrated_sensor_token"]]
-            self.get("sample", record["sample_token"])["data"][channel] = record["token"]
+            data = self.get("sample", record["sample_token"])["data"]
+            if channel in data:
+                raise UserError(
+                    f"sample {record['sample_token']} has two key-frames of {channel} in "
+                    f"{self.folder / 'sample_data.json'}: {data[channel]} and {record['token']}"
+                )
+            data[channel] = record["token"]
         for record in self._records["sample_annotation"]:
             instance = self.get("instance", record["instance_token"])
             record["category_name"] = self.get("category", instance["category_token"])["name"]
@@ -166,8 +153,8 @@ def open_tables(
         sweeps: see Tables.
 
     Raises:
-        UserError: the root, the version, a table or a map file is missing, a table is not JSON, or
-            a token points nowhere; the sentence names it.
+        UserError: the root, the version, a table or a map file is missing, or a table does not fit
+            (see Tables); the sentence names it.
     """
     folder = check_root(root, version)
     for record in _read_table(folder, "map"):
@@ -194,55 +181,6 @@ def check_root(root: Path, version: str) -> Path:
         if not (folder / f"{name}.json").is_file():
             raise UserError(f"table {folder / f'{name}.json'} is missing")
     return folder
-
-
-def check_links(
-    tables: Mapping[str, Iterable[Mapping[str, Any]]],
-    folder: Path,
-    *,
-    skip: tuple[str, ...] = (),
-    only: tuple[str, ...] = TABLES,
-) -> None:
-    """Follow every token of the tables.
-
-    Args:
-        tables: table name -> records.
-        folder: where they came from, for the message.
-        skip: tables that are not there yet.
-        only: tables whose tokens are followed.
-
-    Raises:
-        UserError: naming table, record, field and token of the first that points nowhere.
-    """
-    for problem in broken_links(tables, folder, skip=skip, only=only):
-        raise UserError(problem)
-
-
-def broken_links(
-    tables: Mapping[str, Iterable[Mapping[str, Any]]],
-    folder: Path,
-    *,
-    skip: tuple[str, ...] = (),
-    only: tuple[str, ...] = TABLES,
-) -> Iterator[str]:
-    """A sentence for every token that points nowhere and every missing field; see check_links."""
-    known = {name: {record["token"] for record in records} for name, records in tables.items()}
-    for table, field, target, may_be_empty in LINKS:
-        if table in skip or target in skip or table not in only:
-            continue
-        tokens = known[target]
-        for record in tables[table]:
-            if field not in record:
-                yield f"record {record['token']} of {folder / table}.json has no {field!r}"
-                continue
-            value = record[field]
-            for token in value if isinstance(value, list) else (value,):
-                if token in tokens or (may_be_empty and token == ""):
-                    continue
-                yield (
-                    f"record {record['token']} of {folder / table}.json: {field} {token!r} "
-                    f"is not in {target}.json"
-                )
 
 
 def stream_records(path: Path) -> Iterator[Record]:

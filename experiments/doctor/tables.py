@@ -11,7 +11,8 @@ import numpy as np
 from nuscenes.utils.splits import create_splits_scenes
 
 from datamodules.records import LIDAR, SPLITS
-from datamodules.tables import STREAMED, TABLES, broken_links, stream_records
+from datamodules.table_checks import broken_links, doubled_tokens
+from datamodules.tables import STREAMED, TABLES, stream_records
 from experiments.doctor.findings import Finding, green, summed
 from odvla.errors import UserError
 from odvla.types import CAMERAS
@@ -69,7 +70,8 @@ def check_tables(tables: RawTables, version: str) -> Iterator[Finding]:
     yield summed("tables", tables.unreadable, fine, AGAIN)
     if tables.unreadable:
         return
-    yield summed("tokens twice", _twice(tables), "every token names one record", AGAIN)
+    twice = doubled_tokens(tables.records, tables.folder)
+    yield summed("tokens twice", twice, "every token names one record", AGAIN)
     links = list(broken_links(tables.records, tables.folder))
     yield summed("links", links, "every token leads to a record", AGAIN)
     yield summed("chains", _chains(tables), _counts(tables), AGAIN)
@@ -92,14 +94,6 @@ def check_tables(tables: RawTables, version: str) -> Iterator[Finding]:
 
 def _counts(tables: RawTables) -> str:
     return f"{len(tables['scene'])} scenes of {len(tables['sample'])} key-frames in order"
-
-
-def _twice(tables: RawTables) -> Iterator[str]:
-    for name, records in tables.records.items():
-        counts = Counter(record["token"] for record in records)
-        for token, count in counts.items():
-            if count > 1:
-                yield f"{name}.json has {count} records with the token {token}"
 
 
 def _chains(tables: RawTables) -> Iterator[str]:

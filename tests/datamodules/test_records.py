@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from datamodules.index_file import load_index
 from datamodules.poses import inverse, rigid, yaw_of
+from datamodules.tables import Tables
 from odvla.errors import UserError
 
 
@@ -142,6 +144,38 @@ def test_dangling_token_is_named(circles, tmp_path, table, field):
     record = json.loads((root / "v1.0-mini" / f"{table}.json").read_text())[3]["token"]
     with pytest.raises(UserError, match=rf"{record} of .*{table}\.json: {field} 'gone'"):
         load_index(root, "v1.0-mini")
+
+
+@pytest.fixture
+def changed(circle_root, tmp_path):
+    """Makes a copy of the tables in which one of them is changed."""
+
+    def make(table, change):
+        folder = tmp_path / "tables"
+        shutil.copytree(circle_root / "v1.0-mini", folder, dirs_exist_ok=True)
+        path = folder / f"{table}.json"
+        records = json.loads(path.read_text())
+        changed = change(records)
+        path.write_text(changed if isinstance(changed, str) else json.dumps(records))
+        return folder, records
+
+    return make
+
+
+@pytest.mark.parametrize("table", ["ego_pose", "sample", "sample_annotation", "sample_data", "log"])
+def test_a_token_twice_is_named(changed, table):
+    folder, records = changed(table, lambda records: records.append(dict(records[2])))
+    with pytest.raises(UserError) as caught:
+        Tables(folder)
+    token = records[2]["token"]
+    assert str(caught.value) == f"table {folder / table}.json has 2 records with the token {token}"
+
+
+def test_two_files_of_a_camera_in_one_key_frame_are_named(changed):
+    folder, records = changed("sample_data", lambda r: r.append({**r[1], "token": "another"}))
+    sample, token = records[1]["sample_token"], records[1]["token"]
+    with pytest.raises(UserError, match=rf"{sample} has two key-frames of .*: {token} and another"):
+        Tables(folder)
 
 
 def test_missing_table_camera_and_broken_json(circles, tmp_path):

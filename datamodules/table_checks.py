@@ -1,0 +1,89 @@
+"""What can be wrong inside nuScenes tables, one sentence for each record that does not fit.
+
+Readers stop at the first sentence (`check_tables`), the doctor prints all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from odvla.errors import UserError
+
+Records = Mapping[str, Iterable[Mapping[str, Any]]]  # table name -> records, each with a token
+# (table, field, table the field points into, may be empty). map.log_tokens is left out: in the real
+# v1.0-mini it names logs that only v1.0-trainval has.
+LINKS = (
+    ("calibrated_sensor", "sensor_token", "sensor", False),
+    ("instance", "category_token", "category", False),
+    ("sample", "scene_token", "scene", False),
+    ("sample", "prev", "sample", True),
+    ("sample", "next", "sample", True),
+    ("sample_annotation", "attribute_tokens", "attribute", True),
+    ("sample_annotation", "instance_token", "instance", False),
+    ("sample_annotation", "next", "sample_annotation", True),
+    ("sample_annotation", "prev", "sample_annotation", True),
+    ("sample_annotation", "sample_token", "sample", False),
+    ("sample_annotation", "visibility_token", "visibility", True),
+    ("sample_data", "calibrated_sensor_token", "calibrated_sensor", False),
+    ("sample_data", "ego_pose_token", "ego_pose", False),
+    ("sample_data", "sample_token", "sample", False),
+    ("scene", "first_sample_token", "sample", False),
+    ("scene", "last_sample_token", "sample", False),
+    ("scene", "log_token", "log", False),
+)
+
+
+def check_tables(tables: Records, folder: Path, only: Collection[str] | None = None) -> None:
+    """Look at every record.
+
+    Args:
+        tables: table name -> records. Fields that point into a table that is not there wait.
+        folder: where they came from, for the message.
+        only: tables whose records are looked at; None: all that are there.
+
+    Raises:
+        UserError: naming table and record of the first that does not fit.
+    """
+    looked_at = {name: tables[name] for name in (tables if only is None else only)}
+    for problem in chain(
+        doubled_tokens(looked_at, folder), broken_links(tables, folder, looked_at)
+    ):
+        raise UserError(problem)
+
+
+def doubled_tokens(tables: Records, folder: Path) -> Iterator[str]:
+    """A sentence for every token that more than one record of a table has."""
+    for table, records in tables.items():
+        counts = Counter(record["token"] for record in records)
+        for token, count in counts.items():
+            if count > 1:
+                yield f"table {folder / table}.json has {count} records with the token {token}"
+
+
+def broken_links(
+    tables: Records, folder: Path, only: Collection[str] | None = None
+) -> Iterator[str]:
+    """A sentence for every token that points nowhere and every missing field; see check_tables."""
+    known: dict[str, set[str]] = {}
+    for table, field, target, may_be_empty in LINKS:
+        if table not in tables or target not in tables or table not in (only or tables):
+            continue
+        if target not in known:
+            known[target] = {record["token"] for record in tables[target]}
+        tokens = known[target]
+        for record in tables[table]:
+            if field not in record:
+                yield f"record {record['token']} of {folder / table}.json has no {field!r}"
+                continue
+            value = record[field]
+            for token in value if isinstance(value, list) else (value,):
+                if token in tokens or (may_be_empty and token == ""):
+                    continue
+                yield (
+                    f"record {record['token']} of {folder / table}.json: {field} {token!r} "
+                    f"is not in {target}.json"
+                )
