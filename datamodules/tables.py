@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,12 @@ def _stream(path: Path) -> Iterator[Record]:
         while True:
             at = _skip(text, at)
             if text[at : at + 1] == "]":
+                rest = chain((text[at + 1 :],), iter(lambda: file.read(_CHUNK), ""))
+                if any(part.strip(" \t\r\n") for part in rest):
+                    raise UserError(
+                        f"table {path} is not JSON: its list ends at character {read + at}, but "
+                        "text follows"
+                    )
                 return
             try:
                 record, end = decoder.raw_decode(text, at)

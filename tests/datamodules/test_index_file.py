@@ -321,6 +321,15 @@ def test_a_list_of_records_is_streamed_in_pieces(tmp_path, monkeypatch):
         for size in (1, 7, 1000):
             monkeypatch.setattr(tables, "_CHUNK", size)
             assert list(tables.stream_records(path)) == records
+    whole = json.dumps(records)
+    for size in (1, 7, 1000, 1 << 22):
+        monkeypatch.setattr(tables, "_CHUNK", size)
+        path.write_text(whole + "\n" * 9)
+        assert list(tables.stream_records(path)) == records
+        for more in (" garbage", "\n[]", "]", "\0"):
+            path.write_text(whole + more)
+            with pytest.raises(UserError, match=rf"t\.json .* at character {len(whole) - 1}, but"):
+                list(tables.stream_records(path))
     path.write_text("[]")
     assert list(tables.stream_records(path)) == []
     for text in ("{}", '[{"a": 1}]', "[3]", '[{"token": "a"}', '[{"token": ', "", "\xff"):
