@@ -127,10 +127,6 @@ def _scenes(tables: Tables, version: str) -> tuple[list[tuple[dict[str, Any], in
         token = scene["first_sample_token"]
         while token:
             sample = tables.get("sample", token)
-            if sample["scene_token"] != scene["token"] or len(samples) - bounds[-1] >= len(
-                tables.sample
-            ):
-                raise UserError(f"sample {token} does not belong to the chain of {scene['name']}")
             samples.append((sample, number))
             token = sample["next"]
         bounds.append(len(samples))

@@ -49,9 +49,12 @@ def check_tables(tables: Records, folder: Path, only: Collection[str] | None = N
         UserError: naming table and record of the first that does not fit.
     """
     looked_at = {name: tables[name] for name in (tables if only is None else only)}
-    for problem in chain(
-        doubled_tokens(looked_at, folder), broken_links(tables, folder, looked_at)
-    ):
+    problems = chain(
+        doubled_tokens(looked_at, folder),
+        broken_links(tables, folder, looked_at),
+        broken_chains(looked_at, folder) if "sample" in looked_at else (),
+    )
+    for problem in problems:
         raise UserError(problem)
 
 
@@ -87,3 +90,41 @@ def broken_links(
                     f"record {record['token']} of {folder / table}.json: {field} {token!r} "
                     f"is not in {target}.json"
                 )
+
+
+def broken_chains(tables: Records, folder: Path) -> Iterator[str]:
+    """A sentence for every sample that is not where its scene has it.
+
+    Samples of a scene follow one another, forwards and backwards, and in time; they are as many as
+    the scene says and end where it says, and no sample is left over.
+    """
+    samples = {sample["token"]: sample for sample in tables["sample"]}
+    reached: set[str] = set()
+    for scene in tables["scene"]:
+        name, token, before = scene.get("name"), scene.get("first_sample_token"), None
+        first = len(reached)
+        while token in samples:
+            sample = samples[token]
+            if token in reached or sample.get("scene_token") != scene["token"]:
+                yield f"sample {token} does not belong where the chain of {name} has it"
+                break
+            if sample.get("prev") != (before["token"] if before else ""):
+                yield f"sample {token} of {name} does not lead back to the one before it"
+            if before and sample["timestamp"] <= before["timestamp"]:
+                yield f"sample {token} of {name} is not later than the one before it"
+            reached.add(token)
+            before, token = sample, sample.get("next")
+        last, count = before["token"] if before else "", len(reached) - first
+        if last != scene.get("last_sample_token"):
+            yield (
+                f"the chain of {name} ends with sample {last}, its last_sample_token is "
+                f"{scene.get('last_sample_token')}"
+            )
+        if count != scene.get("nbr_samples"):
+            yield (
+                f"{name} should have {scene.get('nbr_samples')} key-frames, {count} are linked, "
+                f"the last of them {last}"
+            )
+    for token in samples:
+        if token not in reached:
+            yield f"sample {token} of {folder / 'sample.json'} belongs to no scene's chain"

@@ -11,7 +11,7 @@ import numpy as np
 from nuscenes.utils.splits import create_splits_scenes
 
 from datamodules.records import LIDAR, SPLITS
-from datamodules.table_checks import broken_links, doubled_tokens
+from datamodules.table_checks import broken_chains, broken_links, doubled_tokens
 from datamodules.tables import STREAMED, TABLES, stream_records
 from experiments.doctor.findings import Finding, green, summed
 from odvla.errors import UserError
@@ -74,7 +74,7 @@ def check_tables(tables: RawTables, version: str) -> Iterator[Finding]:
     yield summed("tokens twice", twice, "every token names one record", AGAIN)
     links = list(broken_links(tables.records, tables.folder))
     yield summed("links", links, "every token leads to a record", AGAIN)
-    yield summed("chains", _chains(tables), _counts(tables), AGAIN)
+    yield summed("chains", broken_chains(tables.records, tables.folder), _counts(tables), AGAIN)
     yield summed(
         "sensors",
         _sensors(tables),
@@ -94,28 +94,6 @@ def check_tables(tables: RawTables, version: str) -> Iterator[Finding]:
 
 def _counts(tables: RawTables) -> str:
     return f"{len(tables['scene'])} scenes of {len(tables['sample'])} key-frames in order"
-
-
-def _chains(tables: RawTables) -> Iterator[str]:
-    """Key-frames of a scene follow one another, forwards and backwards, and in time."""
-    samples = tables.by_token["sample"]
-    reached = 0
-    for scene in tables["scene"]:
-        name, token, before = scene.get("name"), scene.get("first_sample_token", ""), None
-        count = 0
-        while token in samples and count <= len(samples):
-            sample = samples[token]
-            count += 1
-            if sample.get("prev") != (before["token"] if before else ""):
-                yield f"sample {token} of {name} does not lead back to the one before it"
-            if before and sample["timestamp"] <= before["timestamp"]:
-                yield f"sample {token} of {name} is not later than the one before it"
-            before, token = sample, sample.get("next", "")
-        reached += count
-        if count != scene.get("nbr_samples"):
-            yield f"{name} should have {scene.get('nbr_samples')} key-frames, {count} are linked"
-    if reached < len(samples):
-        yield f"{len(samples) - reached} records of sample.json belong to no scene's chain"
 
 
 def _sensors(tables: RawTables) -> Iterator[str]:

@@ -12,7 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from datamodules.index_file import load_index
 from datamodules.poses import inverse, rigid, yaw_of
-from datamodules.tables import Tables
+from datamodules.table_checks import broken_chains
+from datamodules.tables import Tables, stream_records
 from odvla.errors import UserError
 
 
@@ -83,6 +84,13 @@ def test_real_sample_loads(shared):
     index = load_index(shared / "data" / "nuscenes-one-sample", "v1.0-mini")
     assert index.frames[0].token == "ca9a282c9e77460f8360f564131a8af5"
     assert len(index.annotations.token) == 68
+
+
+def test_chains_of_the_real_mini_version_hold(shared):
+    folder = shared / "data" / "nuscenes-mini-tables" / "v1.0-mini"
+    tables = {name: list(stream_records(folder / f"{name}.json")) for name in ("scene", "sample")}
+    assert len(tables["sample"]) == 404
+    assert list(broken_chains(tables, folder)) == []
 
 
 def test_real_can_bus_agrees_with_a_plain_search(shared):
@@ -176,6 +184,37 @@ def test_two_files_of_a_camera_in_one_key_frame_are_named(changed):
     sample, token = records[1]["sample_token"], records[1]["token"]
     with pytest.raises(UserError, match=rf"{sample} has two key-frames of .*: {token} and another"):
         Tables(folder)
+
+
+def test_a_chain_that_its_scene_contradicts_is_named(changed, circles):
+    """Four key-frames of scene-0553 begin at row 9 of sample.json."""
+    names = [circles.token("scene-0553", k) for k in range(4)]
+
+    def said(table, change):
+        folder, _ = changed(table, change)
+        with pytest.raises(UserError) as caught:
+            Tables(folder)
+        return str(caught.value).replace(f"{folder}/", "")
+
+    assert said("sample", lambda r: r[10].update(next="")) == (
+        f"the chain of scene-0553 ends with sample {names[1]}, its last_sample_token is {names[3]}"
+    )
+    assert said("scene", lambda r: r[1].update(nbr_samples=5)) == (
+        f"scene-0553 should have 5 key-frames, 4 are linked, the last of them {names[3]}"
+    )
+    assert said("sample", lambda r: r[11].update(prev=names[0])) == (
+        f"sample {names[2]} of scene-0553 does not lead back to the one before it"
+    )
+    assert said("sample", lambda r: r[11].update(timestamp=r[10]["timestamp"])) == (
+        f"sample {names[2]} of scene-0553 is not later than the one before it"
+    )
+    for wrong in (names[0], circles.token("scene-0061", 3)):
+        assert said("sample", lambda r, wrong=wrong: r[11].update(next=wrong)) == (
+            f"sample {wrong} does not belong where the chain of scene-0553 has it"
+        )
+    assert said("sample", lambda r: r.append({**r[9], "token": "alone"})) == (
+        "sample alone of sample.json belongs to no scene's chain"
+    )
 
 
 def test_missing_table_camera_and_broken_json(circles, tmp_path):
