@@ -165,13 +165,13 @@ def _in_steps(
         folder: where they are kept.
         facts: what they are made from; a step that was made from something else is made anew.
     """
-    folder.mkdir(exist_ok=True)
     arrays: Arrays = {}
     for name, step in steps.items():
         file = folder / f"{name}.arrow"
         made = _finished(file, facts)
         if made is None:
             made = step(arrays)
+            folder.mkdir(exist_ok=True)
             write_columns(file, made, facts)
         else:
             log.info("%s was made before, by a build that did not come to its end", name)

@@ -5,15 +5,18 @@ Readers stop at the first sentence (`check_tables`), the doctor prints all of th
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from odvla.errors import UserError
 
-Records = Mapping[str, Iterable[Mapping[str, Any]]]  # table name -> records, each with a token
+Records = Mapping[str, Sequence[Mapping[str, Any]]]  # table name -> records, each with a token
 # (table, field, table the field points into, may be empty). map.log_tokens is left out: in the real
 # v1.0-mini it names logs that only v1.0-trainval has.
 LINKS = (
@@ -35,6 +38,45 @@ LINKS = (
     ("scene", "last_sample_token", "sample", False),
     ("scene", "log_token", "log", False),
 )
+TEXT, WHOLE, NUMBER = "a text", "a whole number", "a finite number"
+VECTOR, SIZE = "three finite numbers", "three finite numbers above 0"
+QUADRUPLE, ROTATION = "four finite numbers", "a unit quaternion"
+INTRINSICS = "a 3 x 3 matrix with focal lengths"
+# (table, field, what it must be): all that readers take from a record besides its links.
+VALUES = (
+    ("attribute", "name", TEXT),
+    ("calibrated_sensor", "translation", VECTOR),
+    ("calibrated_sensor", "rotation", ROTATION),
+    ("calibrated_sensor", "camera_intrinsic", INTRINSICS),
+    ("category", "name", TEXT),
+    ("ego_pose", "translation", VECTOR),
+    ("ego_pose", "rotation", ROTATION),
+    ("log", "location", TEXT),
+    ("map", "filename", TEXT),
+    ("sample", "timestamp", WHOLE),
+    ("sample_annotation", "translation", VECTOR),
+    ("sample_annotation", "size", SIZE),
+    ("sample_annotation", "rotation", ROTATION),
+    ("sample_annotation", "num_lidar_pts", WHOLE),
+    ("sample_annotation", "num_radar_pts", WHOLE),
+    ("sample_data", "filename", TEXT),
+    ("sample_data", "timestamp", WHOLE),
+    ("sample_data", "width", WHOLE),
+    ("sample_data", "height", WHOLE),
+    ("scene", "name", TEXT),
+    ("scene", "description", TEXT),
+    ("sensor", "channel", TEXT),
+    ("sensor", "modality", TEXT),
+)
+_SHAPES = {
+    NUMBER: (),
+    VECTOR: (3,),
+    SIZE: (3,),
+    QUADRUPLE: (4,),
+    ROTATION: (4,),
+    INTRINSICS: (3, 3),
+}
+_UNIT_TOLERANCE = 1e-2  # of a quaternion's length
 
 
 def check_tables(tables: Records, folder: Path, only: Collection[str] | None = None) -> None:
@@ -52,6 +94,7 @@ def check_tables(tables: Records, folder: Path, only: Collection[str] | None = N
     problems = chain(
         doubled_tokens(looked_at, folder),
         broken_links(tables, folder, looked_at),
+        broken_values(looked_at, folder),
         broken_chains(looked_at, folder) if "sample" in looked_at else (),
     )
     for problem in problems:
@@ -83,13 +126,60 @@ def broken_links(
                 yield f"record {record['token']} of {folder / table}.json has no {field!r}"
                 continue
             value = record[field]
-            for token in value if isinstance(value, list) else (value,):
-                if token in tokens or (may_be_empty and token == ""):
+            many = isinstance(value, list) and field.endswith("tokens")
+            for token in value if many else (value,):
+                if isinstance(token, str) and (token in tokens or (may_be_empty and not token)):
                     continue
                 yield (
                     f"record {record['token']} of {folder / table}.json: {field} {token!r} "
                     f"is not in {target}.json"
                 )
+
+
+def broken_values(
+    tables: Records, folder: Path, only: Collection[str] | None = None
+) -> Iterator[str]:
+    """A sentence for every value that is not what it must be; see check_tables."""
+    for table, field, kind in VALUES:
+        if table not in (tables if only is None else only):
+            continue
+        records = tables[table]
+        if kind == INTRINSICS:  # lidars and radars have none
+            cameras = {s["token"] for s in tables["sensor"] if s.get("modality") == "camera"}
+            records = [record for record in records if record.get("sensor_token") in cameras]
+        # All at once, because almost always all of a million are fine.
+        if fit([record.get(field) for record in records], kind):
+            continue
+        for record in records:
+            where = f"record {record['token']} of {folder / table}.json"
+            if field not in record:
+                yield f"{where} has no {field!r}"
+            elif not fit([record[field]], kind):
+                yield f"{where}: {field} {reprlib.repr(record[field])} is not {kind}"
+
+
+def fit(values: Sequence[Any], kind: str) -> bool:
+    """Whether all values, as JSON has them, are of a kind (TEXT and so on)."""
+    if not values:
+        return True
+    if kind == TEXT:
+        return all(isinstance(value, str) for value in values)
+    if kind == WHOLE:
+        return all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
+    try:
+        numbers = np.array(values)
+    except ValueError:  # lists of several lengths
+        return False
+    if numbers.dtype.kind not in "if" or numbers.shape[1:] != _SHAPES[kind]:
+        return False
+    if kind == ROTATION:
+        off = np.abs(np.linalg.norm(numbers, axis=1) - 1)
+        return bool((off < _UNIT_TOLERANCE).all())
+    if kind == SIZE and not (numbers > 0).all():
+        return False
+    if kind == INTRINSICS and not (numbers[:, [0, 1], [0, 1]] > 0).all():
+        return False
+    return bool(np.isfinite(numbers).all())
 
 
 def broken_chains(tables: Records, folder: Path) -> Iterator[str]:

@@ -49,8 +49,9 @@ class Tables:
         progress: told about each table.
 
     Raises:
-        UserError: a table is not JSON, lacks a field, or has a token twice or one that points
-            nowhere.
+        UserError: a table is not JSON, or a record of it does not fit (see table_checks.py): a
+            token is there twice or points nowhere, a chain of samples is cut, a value is missing
+            or not what it must be.
     """
 
     def __init__(
@@ -108,12 +109,13 @@ class Tables:
         known = {c["token"] for c in self._records["calibrated_sensor"]}
 
         def keep(record: Record) -> bool:
-            calibration = record.get("calibrated_sensor_token")
+            # As texts, whatever they are: the check of the links names those that are none.
+            calibration = str(record.get("calibrated_sensor_token"))
             wanted = calibration in self._channel or calibration not in known
             between = self._channel.get(calibration) in self._sweeps
             if not (wanted and (record.get("is_key_frame") or between)):
                 return False
-            self._poses.add(record.get("ego_pose_token", ""))
+            self._poses.add(str(record.get("ego_pose_token")))
             return True
 
         return keep
@@ -126,7 +128,7 @@ class Tables:
         for sample in self._records["sample"]:
             sample["data"], sample["anns"] = {}, []
         for record in self._records["sample_data"]:
-            if not record["is_key_frame"]:
+            if not record.get("is_key_frame"):
                 continue
             channel = self._channel[record["calibrated_sensor_token"]]
             data = self.get("sample", record["sample_token"])["data"]
@@ -158,7 +160,9 @@ def open_tables(
             (see Tables); the sentence names it.
     """
     folder = check_root(root, version)
-    for record in _read_table(folder, "map"):
+    maps = _read_table(folder, "map")
+    check_tables({"map": maps}, folder)
+    for record in maps:
         if not (root / record["filename"]).is_file():
             raise UserError(
                 f"{root / record['filename']}, named by {folder / 'map.json'}, is missing"
@@ -226,7 +230,7 @@ def _stream(path: Path) -> Iterator[Record]:
                 read += at
                 text, at = text[at:] + more, 0
                 continue
-            if not isinstance(record, dict) or "token" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("token"), str):
                 raise UserError(f"table {path} is not a list of records with a token")
             yield record
             at = end

@@ -283,6 +283,16 @@ def test_steps_of_other_data_do_not_count(root, tmp_path):
     assert (tmp_path / "i.arrow").read_bytes() == (tmp_path / "whole.arrow").read_bytes()
 
 
+def test_tables_that_do_not_fit_leave_nothing_behind(root):
+    table = root / "v1.0-mini" / "sample_annotation.json"
+    boxes = json.loads(table.read_text())
+    table.write_text(json.dumps([{**boxes[0], "size": [0, 0, 0]}, *boxes[1:]]))
+    before = sorted(root.iterdir())
+    with pytest.raises(UserError, match=rf"{boxes[0]['token']} of .*: size \[0, 0, 0\] is not"):
+        ensure_index(root, "v1.0-mini")
+    assert sorted(root.iterdir()) == before
+
+
 def test_columns_of_every_kind_come_back(tmp_path):
     arrays = {
         "numbers": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from datamodules.index_file import load_index
 from datamodules.poses import inverse, rigid, yaw_of
-from datamodules.table_checks import broken_chains
+from datamodules.table_checks import broken_chains, broken_values
 from datamodules.tables import Tables, stream_records
 from odvla.errors import UserError
 
@@ -91,6 +92,13 @@ def test_chains_of_the_real_mini_version_hold(shared):
     tables = {name: list(stream_records(folder / f"{name}.json")) for name in ("scene", "sample")}
     assert len(tables["sample"]) == 404
     assert list(broken_chains(tables, folder)) == []
+
+
+def test_values_of_the_real_mini_version_fit(shared):
+    folder = shared / "data" / "nuscenes-mini-tables" / "v1.0-mini"
+    tables = {path.stem: list(stream_records(path)) for path in sorted(folder.glob("*.json"))}
+    assert len(tables["calibrated_sensor"]) == 120
+    assert list(broken_values(tables, folder)) == []
 
 
 def test_real_can_bus_agrees_with_a_plain_search(shared):
@@ -215,6 +223,58 @@ def test_a_chain_that_its_scene_contradicts_is_named(changed, circles):
     assert said("sample", lambda r: r.append({**r[9], "token": "alone"})) == (
         "sample alone of sample.json belongs to no scene's chain"
     )
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value", "kind"),
+    [
+        ("ego_pose", "translation", [NAN, 0.0, 0.0], "three finite numbers"),
+        ("ego_pose", "translation", [1.0, 2.0], "three finite numbers"),
+        ("ego_pose", "translation", ["1", "2", "3"], "three finite numbers"),
+        ("ego_pose", "rotation", [0, 0, 0, 0], "a unit quaternion"),
+        ("ego_pose", "rotation", [NAN, 0, 0, 1], "a unit quaternion"),
+        ("calibrated_sensor", "translation", None, "three finite numbers"),
+        ("calibrated_sensor", "rotation", {"w": 1}, "a unit quaternion"),
+        ("calibrated_sensor", "camera_intrinsic", [[1, 2], [3, 4]], "a 3 x 3 matrix with focal"),
+        ("calibrated_sensor", "camera_intrinsic", [], "a 3 x 3 matrix with focal lengths"),
+        ("calibrated_sensor", "camera_intrinsic", [[NAN] * 3] * 3, "a 3 x 3 matrix with focal"),
+        ("sample", "timestamp", NAN, "a whole number"),
+        ("sample", "timestamp", "1", "a whole number"),
+        ("sample", "timestamp", 10**30, "a whole number"),
+        ("sample_data", "filename", 3, "a text"),
+        ("sample_data", "height", None, "a whole number"),
+        ("sample_annotation", "translation", [NAN] * 3, "three finite numbers"),
+        ("sample_annotation", "size", [1.0, 0.0, 1.0], "three finite numbers above 0"),
+        ("sample_annotation", "size", [1.0, -2.0, 1.0], "three finite numbers above 0"),
+        ("sample_annotation", "size", [1.0, math.inf, 1.0], "three finite numbers above 0"),
+        ("sample_annotation", "rotation", [0, 0, 0, 0], "a unit quaternion"),
+        ("sample_annotation", "num_lidar_pts", "x", "a whole number"),
+        ("scene", "name", None, "a text"),
+        ("log", "location", ["here"], "a text"),
+        ("sensor", "channel", 3, "a text"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(changed, table, field, value, kind):
+    folder, records = changed(table, lambda records: records[2].update({field: value}))
+    token = records[2]["token"]
+    with pytest.raises(UserError) as caught:
+        Tables(folder)
+    said = f"record {token} of {folder / table}.json: {field} {value!r} is not {kind}"
+    assert str(caught.value).startswith(said)
+    changed(table, lambda records: [records[2].pop(field)])
+    with pytest.raises(UserError, match=rf"record {token} of .*{table}\.json has no '{field}'"):
+        Tables(folder)
+
+
+@pytest.mark.parametrize("field", ["calibrated_sensor_token", "ego_pose_token", "sample_token"])
+@pytest.mark.parametrize("value", [None, 3, [], {"a": 1}])
+def test_a_link_that_is_no_token_is_named(changed, field, value):
+    folder, _ = changed("sample_data", lambda records: records[2].update({field: value}))
+    with pytest.raises(UserError, match=re.escape(f"sample_data.json: {field} {value!r} is not")):
+        Tables(folder)
 
 
 def test_missing_table_camera_and_broken_json(circles, tmp_path):

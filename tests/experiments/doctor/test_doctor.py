@@ -112,14 +112,14 @@ def damaged(town_root, tmp_path_factory):
     boxes[3]["instance_token"] = "nobody"
     said["links"] = ("red", f"{boxes[3]['token']} of")
     boxes[5]["size"] = [1.0, 0.0, 1.0]
-    said["boxes"] = ("red", f"box {boxes[5]['token']} has the size [1.0, 0.0, 1.0]")
+    said["boxes"] = ("red", f"record {boxes[5]['token']} of")
     sample = tables["sample"][4]
     sample["timestamp"] = 5
     said["chains"] = ("red", f"sample {sample['token']}")
     tables["sample_data"].remove(cameras[7])
     said["sensors"] = ("red", f"sample {cameras[7]['sample_token']} has 0 key-frames of")
     tables["ego_pose"][11]["rotation"] = [0, 0, 0, 0]
-    said["calibration"] = ("red", f"record {tables['ego_pose'][11]['token']} of ego_pose.json")
+    said["calibration"] = ("red", f"record {tables['ego_pose'][11]['token']} of")
     tables["attribute"].append(tables["attribute"][0])
     said["tokens twice"] = ("red", "attribute.json has 2 records with the token")
     # A camera file of a val scene is one of a train scene as well (the third scene is val).
