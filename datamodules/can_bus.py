@@ -22,10 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 from nuscenes.can_bus.can_bus_api import NuScenesCanBus
 
+from datamodules.table_checks import NUMBER, QUADRUPLE, VECTOR, WHOLE, unfit
 from odvla.errors import UserError
 
 log = logging.getLogger(__name__)
 Message = dict[str, Any]
+# What is taken from a message of each kind.
+KEYS = {
+    "pose": {
+        "utime": WHOLE,
+        "pos": VECTOR,
+        "orientation": QUADRUPLE,
+        "accel": VECTOR,
+        "rotation_rate": VECTOR,
+        "vel": VECTOR,
+    },
+    "steeranglefeedback": {"utime": WHOLE, "value": NUMBER},
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,10 @@ class CanBusReader:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.devkit: NuScenesCanBus | None = None
+        self._without: set[str] = set()  # scenes that the devkit lists as having none
         if (root / "can_bus").is_dir():
-            self.devkit = NuScenesCanBus(dataroot=str(root))
+            numbers = NuScenesCanBus(dataroot=str(root)).can_blacklist
+            self._without = {f"scene-{number:04d}" for number in numbers}
         self._missing: list[str] = []
 
     def at(self, scene_name: str, times_us: NDArray[np.int64]) -> CanBus:
@@ -60,7 +74,7 @@ class CanBusReader:
             times_us: [F] Unix microseconds.
 
         Raises:
-            UserError: a message file is there but cannot be read.
+            UserError: a message file is there but cannot be read; see messages.
         """
         frames = len(times_us)
         poses = self.messages(scene_name, "pose")
@@ -99,26 +113,20 @@ class CanBusReader:
         """Messages of a scene ("pose" or "steeranglefeedback"), none where it has no CAN bus.
 
         Raises:
-            UserError: the file is there but cannot be read.
+            UserError: the file is there but cannot be read, or a value is none; it names them.
         """
         path = self.root / "can_bus" / f"{scene_name}_{kind}.json"
-        if self.devkit is None or not path.is_file():
-            return []
-        if int(scene_name[-4:]) in self.devkit.can_blacklist:
+        if scene_name in self._without or not path.is_file():
             return []
         try:
-            messages = self.devkit.get_messages(scene_name, kind)
-        except json.JSONDecodeError as error:
+            messages = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, or not even text
             raise UserError(f"CAN bus file {path} is not JSON: {error}") from error
-        needed = (
-            ("utime", "pos", "orientation", "accel", "rotation_rate", "vel")
-            if kind == "pose"
-            else ("utime", "value")
-        )
-        for number, message in enumerate(messages):
-            missing = [key for key in needed if key not in message]
-            if missing:
-                raise UserError(f"CAN bus file {path}: message {number} has no {missing[0]!r}")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise UserError(f"CAN bus file {path} is not a list of messages")
+        for key, what in KEYS[kind].items():
+            for number, problem in unfit(messages, key, what):
+                raise UserError(f"message {number} of CAN bus file {path}{problem}")
         return messages
 
 

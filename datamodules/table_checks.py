@@ -147,15 +147,20 @@ def broken_values(
         if kind == INTRINSICS:  # lidars and radars have none
             cameras = {s["token"] for s in tables["sensor"] if s.get("modality") == "camera"}
             records = [record for record in records if record.get("sensor_token") in cameras]
-        # All at once, because almost always all of a million are fine.
-        if fit([record.get(field) for record in records], kind):
-            continue
-        for record in records:
-            where = f"record {record['token']} of {folder / table}.json"
-            if field not in record:
-                yield f"{where} has no {field!r}"
-            elif not fit([record[field]], kind):
-                yield f"{where}: {field} {reprlib.repr(record[field])} is not {kind}"
+        for number, problem in unfit(records, field, kind):
+            yield f"record {records[number]['token']} of {folder / table}.json{problem}"
+
+
+def unfit(records: Sequence[Mapping[str, Any]], field: str, kind: str) -> Iterator[tuple[int, str]]:
+    """Number of every record whose field is not of a kind, and how the sentence about it ends."""
+    # All at once, because almost always all of a million are fine.
+    if fit([record.get(field) for record in records], kind):
+        return
+    for number, record in enumerate(records):
+        if field not in record:
+            yield number, f" has no {field!r}"
+        elif not fit([record[field]], kind):
+            yield number, f": {field} {reprlib.repr(record[field])} is not {kind}"
 
 
 def fit(values: Sequence[Any], kind: str) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datamodules.can_bus import CanBusReader, nearest, pose_vectors
+from odvla.errors import UserError
 
 
 def _poses(times):
@@ -32,6 +33,42 @@ def test_nearest_message(times):
     found = [times[k] for k in nearest(_poses(times), wanted)]
     expected = [min(times, key=lambda t: (abs(t - w), -t)) for w in wanted]
     assert found == expected
+
+
+def _said(root, kind, content):
+    path = root / "can_bus" / f"scene-0061_{kind}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        CanBusReader(root).messages("scene-0061", kind)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+@pytest.mark.parametrize("kind", ["pose", "steeranglefeedback"])
+def test_files_that_are_no_messages_are_named(tmp_path, kind):
+    for content in ("3", "[3]", "{}", "null", "[[]]", '"x"'):
+        assert _said(tmp_path, kind, content) == "CAN bus file FILE is not a list of messages"
+    for content in ("", "[{", "nope"):
+        assert _said(tmp_path, kind, content).startswith("CAN bus file FILE is not JSON: ")
+
+
+def test_values_that_do_not_fit_are_named(tmp_path):
+    for key, value, kind in (
+        ("utime", float("nan"), "a whole number"),
+        ("pos", [1, 2], "three finite numbers"),
+        ("orientation", "x", "four finite numbers"),
+        ("accel", [float("nan"), 0, 0], "three finite numbers"),
+        ("rotation_rate", None, "three finite numbers"),
+        ("vel", 3, "three finite numbers"),
+    ):
+        poses = _poses((100, 200))
+        poses[1][key] = value
+        expected = f"message 1 of CAN bus file FILE: {key} {value!r} is not {kind}"
+        assert _said(tmp_path, "pose", poses) == expected
+        del poses[1][key]
+        assert _said(tmp_path, "pose", poses) == f"message 1 of CAN bus file FILE has no {key!r}"
+    said = _said(tmp_path, "steeranglefeedback", [{"utime": 3, "value": [1.0]}])
+    assert said == "message 0 of CAN bus file FILE: value [1.0] is not a finite number"
 
 
 def test_values_of_a_real_key_frame(shared):
