@@ -111,8 +111,8 @@ class Scored:
 
 
 def _average(steps: np.ndarray, convention: str) -> np.ndarray:
-    """Mean over 1, 2 and 3 s [...] of means of the steps [..., 6]."""
-    return over_time(torch.from_numpy(steps), convention).mean(-1).numpy()
+    """Mean over 1, 2 and 3 s [...] of means of the steps [..., 6], as PlanningScores has it."""
+    return over_time(torch.from_numpy(steps), convention).nanmean(-1).numpy()
 
 
 def per_sample(
@@ -122,7 +122,7 @@ def per_sample(
 
     Means over samples of these are the table's averages, exactly for "reference" and
     "complete_only"; for "valid_steps" the table divides step by step, here a sample's own recorded
-    steps are put together.
+    steps are put together. NaN where it has none for any of 1, 2 and 3 s.
     """
     l2_counted, hit_counted = counted_steps(samples.mask, card)
     hits = judged_hits(samples, card)
@@ -135,11 +135,13 @@ def per_sample(
 def averages_by_sample(scored: Scored) -> tuple[dict[str, float], dict[str, float]]:
     """`per_sample` by sample token, of the samples that count: L2 (m) and collision (0 to 1)."""
     l2, collision, counted = per_sample(scored.samples, scored.scores.card)
-    names = np.array(scored.samples.names)[counted].tolist()
-    return (
-        dict(zip(names, l2[counted].tolist(), strict=True)),
-        dict(zip(names, collision[counted].tolist(), strict=True)),
-    )
+
+    def known(values: np.ndarray) -> dict[str, float]:
+        kept = counted & ~np.isnan(values)
+        names = np.array(scored.samples.names)[kept].tolist()
+        return dict(zip(names, values[kept].tolist(), strict=True))
+
+    return known(l2), known(collision)
 
 
 def _combined(values: Tensor, counted: Tensor, convention: str, reference: bool) -> Tensor:
@@ -154,7 +156,7 @@ def _combined(values: Tensor, counted: Tensor, convention: str, reference: bool)
         parts.append(kept[:, here].sum(1) / (divisor if reference else count.clamp_min(1)))
         known.append(torch.ones_like(count, dtype=torch.bool) if reference else count > 0)
     weight = torch.stack(known).double()
-    return (torch.stack(parts) * weight).sum(0) / weight.sum(0).clamp_min(1)
+    return (torch.stack(parts) * weight).sum(0) / weight.sum(0)
 
 
 def score_planners(

@@ -19,8 +19,8 @@ from rich.text import Text
 class ResultTable:
     """A titled table of numbers; `note` says how to read it and is printed below it.
 
-    A cell is a number or a text; numbers are printed with `digits` decimals. None prints as a dash.
-    `bold` names cells to be set in bold, as (row, column).
+    A cell is a number or a text; numbers are printed with `digits` decimals. None and NaN
+    print as a dash. `bold` names cells to be set in bold, as (row, column).
     """
 
     title: str
@@ -41,7 +41,7 @@ class ResultTable:
 
     def text(self, cell: float | str | None) -> str:
         """One cell as printed."""
-        if cell is None:
+        if cell is None or (isinstance(cell, float) and math.isnan(cell)):
             return "-"
         return cell if isinstance(cell, str) else f"{cell:.{self.digits}f}"
 

@@ -73,7 +73,7 @@ def collisions_over_time(results: Sequence[Result], protocol: str) -> str:
     figure, axes = new_axes("seconds ahead", "collisions (%)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
-        rates = 100 * np.array(result.protocols[protocol]["collision_steps"])
+        rates = 100 * np.array(result.protocols[protocol]["collision_steps"], dtype=float)
         axes.plot(times, rates, color=colour, marker="o", label=result.name)
     axes.set_ylim(bottom=0)
     return svg_text(figure, axes)

@@ -122,11 +122,12 @@ def planning_tables(results: Sequence[Result]) -> list[ResultTable]:
             numbers = result.protocols[protocol]
             shape = result.card(protocol).shape
             cells = [numbers[f"l2_{end}_m"] for end in ENDS]
-            cells += [
-                100 * numbers[f"{shape}_collision_{end}"] for end in ("1s", "2s", "3s", "avg")
-            ]
+            rates = [numbers[f"{shape}_collision_{end}"] for end in ENDS]
+            # Null where no sample has a recorded step.
+            cells += [None if rate is None else 100 * rate for rate in rates]
             interval = numbers.get("intervals_95", {}).get("l2_avg_m")
-            spread = f"{interval['low']:.2f} to {interval['high']:.2f}" if interval else None
+            known = interval and interval["low"] is not None
+            spread = f"{interval['low']:.2f} to {interval['high']:.2f}" if known else None
             rows.append((result.name, (*cells, spread, str(numbers["n_samples"]))))
         columns = (*PLAN_COLUMNS, "L2 avg, 95 %", "n")
         note = ours[0].card(protocol).sentence()

@@ -81,8 +81,11 @@ def bootstrap_steps(
         values: [S, T].
         counted: [S, T] False where a step of a sample does not count.
         scenes: [S] name of each sample's scene.
-        combine: from means of the steps [..., T] to the number [...].
+        combine: from means of the steps [..., T], NaN where nothing counts, to the number [...].
         seed: of the resampling.
+
+    Returns:
+        The interval; all NaN where the number is.
 
     Raises:
         ValueError: lengths differ, or nothing counts.
@@ -97,10 +100,12 @@ def bootstrap_steps(
     count = np.stack([np.bincount(owner, counted[:, step], size) for step in steps], axis=1)
     total, count = total[count.any(1)], count[count.any(1)]
     weights = _resampled(len(total), np.random.default_rng(seed))
-    # A step that a resample lost altogether counts 0, as in the number itself.
-    found = combine((weights @ total) / np.maximum(weights @ count, 1))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    value = float(combine(total.sum(0) / np.maximum(count.sum(0), 1)))
+    # A resample may lose a step altogether, and with all of them the number.
+    with np.errstate(invalid="ignore"):
+        found = combine((weights @ total) / (weights @ count))
+        value = float(combine(total.sum(0) / count.sum(0)))
+    known = found[~np.isnan(found)] if not np.isnan(value) else np.array([np.nan])
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), len(total))
 
 

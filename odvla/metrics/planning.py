@@ -10,6 +10,7 @@ Frame: LIDAR_TOP at t0, x right, y forward, metres.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,10 @@ class PlanningSamples:
 
 @dataclass(frozen=True)
 class PlanningScores:
-    """Scores of one planner under one card: metres and fractions for 1, 2 and 3 s."""
+    """Scores of one planner under one card: metres and fractions for 1, 2 and 3 s.
+
+    A number is NaN where no sample has a recorded step for it.
+    """
 
     card: ProtocolCard
     l2_m: tuple[float, float, float]
@@ -51,13 +55,13 @@ class PlanningScores:
 
     @property
     def l2_average_m(self) -> float:
-        """Mean of the values for 1, 2 and 3 s, as papers print it."""
-        return sum(self.l2_m) / len(self.l2_m)
+        """Mean of the values for 1, 2 and 3 s (of those that are known), as papers print it."""
+        return _mean_of_known(self.l2_m)
 
     @property
     def collision_average(self) -> float:
-        """Mean of the values for 1, 2 and 3 s, as papers print it."""
-        return sum(self.collision) / len(self.collision)
+        """Mean of the values for 1, 2 and 3 s (of those that are known), as papers print it."""
+        return _mean_of_known(self.collision)
 
     @property
     def collision_percent(self) -> tuple[float, ...]:
@@ -202,16 +206,25 @@ def judged_hits(samples: PlanningSamples, card: ProtocolCard) -> Tensor:
 
 
 def over_time(steps: Tensor, convention: str) -> Tensor:
-    """Means of the steps [..., 6] -> a number for each of 1, 2 and 3 s [..., 3]."""
+    """Means of the steps [..., 6] -> a number for each of 1, 2 and 3 s [..., 3].
+
+    Steps that are NaN are left out; where none remains, the number is NaN.
+    """
     ends = [STEPS_PER_SECOND * second for second in SECONDS]
     if convention == "mean_up_to_t":
-        return torch.stack([steps[..., :end].mean(-1) for end in ends], dim=-1)
+        return torch.stack([steps[..., :end].nanmean(-1) for end in ends], dim=-1)
     return steps[..., [end - 1 for end in ends]]
 
 
 def _step_means(values: Tensor, counted: Tensor, denominator: Tensor | None) -> Tensor:
-    """Mean [6] over the samples of values [S, 6], of the counted ones."""
+    """Mean [6] over the samples of values [S, 6], of the counted ones; NaN where none is."""
     total = torch.where(counted, values, 0.0).sum(0)
     if denominator is None:
-        denominator = counted.sum(0).clamp_min(1).double()
+        denominator = counted.sum(0).double()
     return total / denominator.to(total)
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -42,7 +42,7 @@ class ProtocolCard:
         ego_box: never rotated, or turned along the path.
         samples: "reference": a step without recorded future counts as error 0, and sums are divided
             by all samples; "complete_only": only samples with all six steps; "valid_steps": the
-            recorded steps, divided by their number.
+            recorded steps, divided by their number; unknown (NaN) where there are none.
         parse: texts are read strictly, or mended as OpenDriveVLA's code mends them.
         unreadable: what becomes of a plan that cannot be read, has the wrong length or is not
             finite.

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,18 @@ import torch
 from datamodules.nuscenes import EvaluationFrame, NuScenesDataConfig
 from experiments.cli import main
 from experiments.plan_submission import FRAMES, plan_set
-from experiments.planning_scores import PlanSet, score_planners
+from experiments.planning_scores import (
+    PlanSet,
+    paired_scores,
+    planning_tables,
+    sample_records,
+    score_planners,
+)
 from experiments.planning_truth import GroundTruthCheck, PlanningTruth
-from experiments.result_files import read_results
+from experiments.report import without_nan
+from experiments.report_plots import all_plots
+from experiments.result_files import compare, read_results
+from experiments.result_files import planning_tables as result_tables
 from experiments.score import ScoreRequest, score
 from experiments.submissions import read_submission
 from odvla.errors import UserError
@@ -282,6 +292,41 @@ def test_the_ground_truth_is_checked_before_anything_is_scored(truth, monkeypatc
     everywhere = Traffic(raster=torch.ones(12, 6, 200, 200, dtype=torch.bool))
     mask = truth.split.mask
     check.add("uniad", truth.split.tokens, truth.split.waypoints, mask, everywhere)
+
+
+@pytest.mark.parametrize(("recorded", "known"), [(3, 1), (1, 0)])
+def test_numbers_without_a_recorded_step_are_dashes_everywhere(truth, tmp_path, recorded, known):
+    """Three plans 1 m off, whose futures end early; the plans of all others are left out."""
+    rows = (0, 4, 8)
+    truth.split.mask[list(rows), recorded:] = False
+    card = replace(PRESETS["odvla_uniad"], missing="left_out")
+    missing = {row: "missing" for row in range(12) if row not in rows}
+    points = truth.split.waypoints.double() + torch.tensor([1.0, 0.0])
+    plans = [PlanSet("a.pkl", points, missing), PlanSet("b.pkl", points, missing)]
+    found = score_planners(truth, plans, {"odvla_uniad": card})
+    (table,) = planning_tables(found, {})
+    texts = [table.text(cell) for cell in table.rows[0][1]]
+    ends = [*["1.00"] * known, *["-"] * (3 - known), "1.00" if known else "-"]
+    assert texts[:4] == ends
+    assert texts[4:8] == [text.replace("1", "0") for text in ends]
+    assert [test.other for test in paired_scores(found, "a.pkl", "odvla_uniad")] == (
+        ["b.pkl"] if known else []
+    )
+    paths = []
+    for plan in plans:
+        samples = sample_records(truth, plan, found[plan.name])
+        assert samples[0]["l2_avg_m"] == ({"odvla_uniad": pytest.approx(1.0)} if known else {})
+        planning = {name: scored.as_dict() for name, scored in found[plan.name].items()}
+        content = {"predictions": plan.name, "planning": planning, "samples": samples}
+        paths.append(tmp_path / f"{plan.name}.json")
+        paths[-1].write_text(json.dumps(without_nan(content), allow_nan=False))
+    results = read_results(paths)
+    own = next(t for t in result_tables(results) if t.title == "Planning, odvla_uniad")
+    again = [own.text(cell) for cell in own.rows[0][1]]
+    assert again[:8] == texts[:8]
+    assert again[8] == ("1.00 to 1.00" if known else "-")
+    assert len(compare(results)) == known
+    assert len(all_plots(results)) == 4
 
 
 def test_the_verb_scores_a_town(town_root, tmp_path, capsys):

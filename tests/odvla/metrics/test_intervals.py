@@ -91,6 +91,18 @@ def test_an_interval_is_of_the_number_that_is_printed():
         bootstrap_steps(values, np.zeros_like(counted), scenes, lambda means: means[..., 5])
 
 
+def test_a_step_that_nothing_counts_at_is_unknown():
+    values, scenes = np.tile(np.arange(1.0, 7.0), (4, 1)), ["a", "a", "b", "b"]
+    counted = np.array([[True, True, False, False, False, False]] * 3 + [[True] * 3 + [False] * 3])
+    found = bootstrap_steps(values, counted, scenes, lambda m: np.nanmean(m[..., :4], -1))
+    assert found.value == 2.0
+    assert (found.low, found.high) == (1.5, 2.0)  # without scene b the third step is lost
+    never = bootstrap_steps(values, counted, scenes, lambda means: means[..., 5])
+    assert np.isnan([never.value, never.low, never.high]).all()
+    sometimes = bootstrap_steps(values, counted, scenes, lambda means: means[..., 2])
+    assert (sometimes.value, sometimes.low, sometimes.high) == (3.0, 3.0, 3.0)
+
+
 def test_planners_are_paired_on_the_samples_that_both_have():
     first = {"a": 1.0, "b": 2.0, "c": 4.0, "only here": 9.0}
     second = {"only there": 9.0, "c": 3.0, "b": 2.5, "a": 0.0}

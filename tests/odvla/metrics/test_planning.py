@@ -110,6 +110,35 @@ def test_sample_policies_treat_missing_steps_in_three_ways():
         metric.scores()
 
 
+@pytest.mark.parametrize("recorded", [1, 2, 4, 6])
+def test_a_number_without_a_recorded_step_is_unknown_and_in_no_average(recorded):
+    driven = torch.zeros(1, 6, 2)
+    mask = torch.arange(6)[None] < recorded
+    found = {
+        (policy, rule): scored(
+            driven + torch.tensor([1.0, 0.0]),
+            driven,
+            mask,
+            ProtocolCard(l2=rule, collision=rule, samples=policy),
+        ).scores()
+        for policy in ("valid_steps", "reference")
+        for rule in ("value_at_t", "mean_up_to_t")
+    }
+    nan = float("nan")
+    known = recorded // 2
+    at_t = found["valid_steps", "value_at_t"]
+    np.testing.assert_array_equal(at_t.l2_m, [1.0] * known + [nan] * (3 - known))
+    np.testing.assert_array_equal(at_t.collision, [0.0] * known + [nan] * (3 - known))
+    np.testing.assert_array_equal(at_t.l2_average_m, 1.0 if known else nan)
+    np.testing.assert_array_equal(at_t.collision_average, 0.0 if known else nan)
+    np.testing.assert_array_equal(at_t.l2_steps_m, [1.0] * recorded + [nan] * (6 - recorded))
+    up_to_t = found["valid_steps", "mean_up_to_t"]
+    assert up_to_t.l2_m == (1.0, 1.0, 1.0)
+    assert up_to_t.l2_average_m == 1.0
+    # The reference divides by all samples, recorded or not.
+    assert found["reference", "value_at_t"].l2_m == (1.0,) * known + (0.0,) * (3 - known)
+
+
 def test_a_hit_is_counted_at_t_up_to_t_or_ever_since():
     plans = torch.zeros(1, 6, 2)
     plans[0, :, 1] = torch.arange(1, 7) * 5.0
