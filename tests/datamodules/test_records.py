@@ -253,6 +253,7 @@ NAN = float("nan")
         ("sample_annotation", "rotation", [0, 0, 0, 0], "a unit quaternion"),
         ("sample_annotation", "num_lidar_pts", "x", "a whole number"),
         ("scene", "name", None, "a text"),
+        ("scene", "description", "\ud83d", "a text"),
         ("log", "location", ["here"], "a text"),
         ("sensor", "channel", 3, "a text"),
     ],
