@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,18 +88,18 @@ class Golden:
         folder: where index.json lies.
 
     Raises:
-        UserError: there is no index.json.
+        UserError: there is no index.json, or it lists nothing by file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "index.json").is_file():
             raise UserError(f"{folder} is not a directory of recordings: it has no index.json")
+        self._listed = tuple(self.facts("index"))
 
-    def stems(self) -> list[str]:
-        """Names of all recorded files that index.json lists, without their endings."""
-        listed = json.loads((self.folder / "index.json").read_text())
-        return sorted(Path(name).stem for name in listed)
+    def absent(self) -> list[str]:
+        """Names of the files that index.json lists and that are not there."""
+        return sorted(name for name in self._listed if not (self.folder / name).is_file())
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """All arrays of a file.
@@ -126,20 +127,34 @@ class Golden:
         try:
             with np.load(path, allow_pickle=False) as content:
                 return {name: torch.from_numpy(content[name]) for name in content.files}
-        except (OSError, ValueError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
             raise UserError(f"the recording {path} cannot be read: {error}") from error
 
     def facts(self, stem: str) -> dict[str, Any]:
         """Settings of a case.
 
         Raises:
-            UserError: the file is missing or not JSON.
+            UserError: the file is missing or not JSON, or holds no object.
         """
+        return self._json(stem, dict, "object")
+
+    def rows(self, stem: str) -> list[Any]:
+        """What a case lists.
+
+        Raises:
+            UserError: the file is missing or not JSON, or holds no list.
+        """
+        return self._json(stem, list, "list")
+
+    def _json(self, stem: str, kind: type, name: str) -> Any:
         path = self.folder / f"{stem}.json"
         try:
-            return json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:  # not UTF-8, or not JSON
             raise UserError(f"the recording {path} cannot be read: {error}") from error
+        if not isinstance(content, kind):
+            raise UserError(f"the recording {path} holds no {name} but {content!r:.40}")
+        return content
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ EXCEPTIONS = ("IndexError", "ValueError", "TypeError", "KeyError", "ZeroDivision
 
 def retrieve_traj(golden: Golden, stem: str) -> Iterator[Check]:
     """Six points, or the name of the exception, of every text in the file."""
-    cases: Any = golden.facts(stem)  # this file is a list
-    for number, case in enumerate(cases):
+    for number, case in enumerate(golden.rows(stem)):
         read = reference_repair(case["input"])
         ours = (
             _exception(read.exception)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.parity import (
@@ -48,6 +49,9 @@ CASES: dict[str, Case] = {
 }
 # Cases that compare gradients; all others run without.
 WITH_GRADIENTS = {"e_clip_matcher", "l_panseg_loss", "n_track_train"}
+# What cases read besides their own files, or nothing reads here: by the start of a name.
+NO_CASES = ("state_dict_keys", "uniad_small_weights", "g_img_feat_2D", "index")
+SUFFIXES = (".json", ".npz", ".safetensors")
 # Cases whose modules are not there yet: they are named, so that nobody takes them for passed.
 NOT_YET: dict[str, str] = {}
 
@@ -81,13 +85,23 @@ def cases(folder: Path) -> list[str]:
 
     A case is a .json with settings; a clip's frames and a case's further results are no cases.
     """
-    stems = {path.stem for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+    stems = {path.stem for path in _recordings(folder)}
     known = {stem for stem in stems if _start(stem, CASES) or _start(stem, NOT_YET)}
     return sorted(
         stem
         for stem in known
         if not any(stem.startswith(f"{other}_") and _owns(other, stem) for other in known)
     )
+
+
+def unknown(folder: Path) -> list[str]:
+    """Names of the recordings that belong to no case that is known here."""
+    known = (*CASES, *NOT_YET, *NO_CASES)
+    return sorted(path.name for path in _recordings(folder) if not _start(path.stem, known))
+
+
+def _recordings(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
 
 
 def _owns(case: str, stem: str) -> bool:
@@ -109,7 +123,15 @@ def run_case(golden: Golden, stem: str) -> Outcome:
     try:
         with torch.set_grad_enabled(start in WITH_GRADIENTS):
             found.extend(CASES[start](golden, stem))
-    except (UserError, ValueError, KeyError, RuntimeError, AssertionError, IndexError) as error:
+    except (
+        ValueError,  # among them UserError
+        KeyError,
+        RuntimeError,
+        AssertionError,
+        IndexError,
+        TypeError,  # a file of another form
+        AttributeError,
+    ) as error:
         reason = str(error).strip().splitlines()
         return Outcome(stem, tuple(found), f"{type(error).__name__}: {reason[0] if reason else ''}")
     return Outcome(stem, tuple(found), "")
@@ -124,16 +146,20 @@ def run_parity(folder: Path, console: Console, *, every: bool = False) -> bool:
         every: print every comparison, not only those that fail.
 
     Returns:
-        Whether all passed.
+        Whether all passed and every file that index.json lists is there.
 
     Raises:
-        UserError: the directory holds no recordings.
+        UserError: the directory holds no recordings, or its index.json cannot be read.
     """
     golden = Golden(folder)
-    names = cases(folder)
-    if not names:
+    names, absent, others = cases(folder), golden.absent(), unknown(folder)
+    if not names and not absent:
         raise UserError(f"{folder} holds no recorded case")
-    passed = True
+    for name in absent:
+        console.print(f"[red]FAIL[/]  {escape(name)}: index.json lists it, but it is not there")
+    for name in others:
+        console.print(f"[yellow]SKIP[/]  {escape(name)}: it belongs to no case that is known here")
+    passed = not absent
     run, missing = 0, 0
     for stem in names:
         start = _start(stem, CASES)
@@ -150,7 +176,10 @@ def run_parity(folder: Path, console: Console, *, every: bool = False) -> bool:
         if shown:
             console.print(_table(shown))
     verdict = "all pass" if passed else "NOT all pass"
-    console.print(f"{run} cases run: {verdict}; {missing} not implemented yet")
+    console.print(
+        f"{run} cases run: {verdict}; {missing} not implemented yet; "
+        f"{len(absent)} listed files absent; {len(others)} of no known case"
+    )
     return passed
 
 
@@ -159,7 +188,7 @@ def _print(outcome: Outcome, console: Console) -> None:
     numbers = (
         f"{len(outcome.checks):4d} arrays  abs {outcome.absolute:.1e}  rel {outcome.relative:.1e}"
     )
-    console.print(f"{verdict}  {outcome.stem:24s} {numbers}  {outcome.failure}")
+    console.print(f"{verdict}  {outcome.stem:24s} {numbers}  {escape(outcome.failure)}")
 
 
 def _table(checks: list[Check]) -> Table:

@@ -16,7 +16,10 @@ def add(verbs: Verbs) -> None:
         verbs,
         "parity",
         "compare with arrays and texts recorded from the reference",
-        "parity ../shared/golden",
+        "parity ../shared/golden\n"
+        "exit code: 0 when all is equal, 1 when a case differs or fails, or a file that index.json "
+        "lists is\nabsent, 2 when there are no recordings. Files of no known case are named, no "
+        "more.",
         compare_with_recordings,
     )
     parity.add_argument("folder", type=Path, help="a directory of recordings, with index.json")

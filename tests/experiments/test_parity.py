@@ -108,6 +108,57 @@ def test_a_case_that_cannot_run_fails_with_its_reason(spoiled, capsys):
     assert "cannot be read" in capsys.readouterr().out
 
 
+def test_a_listed_file_that_is_absent_is_a_failure_and_no_other_file_is_passed_over(
+    shared, tmp_path, capsys
+):
+    source = shared / "golden"
+    for name in ("i_retrieve_traj.json", "h_planning_metric.npz"):
+        shutil.copy(source / name, tmp_path)
+    shutil.copy(source / "b_rotate_unit.json", tmp_path / "B_rotate_unit.json")
+    shutil.copy(source / "state_dict_keys_opendrivevla_0.5b.json", tmp_path)
+    listed = {"h_planning_metric.npz": {}, "b_rotate_unit.safetensors": {}}
+    (tmp_path / "index.json").write_text(json.dumps(listed))
+    assert main(["parity", str(tmp_path)]) == EXIT_FAILED
+    said = capsys.readouterr().out
+    assert "FAIL  b_rotate_unit.safetensors: index.json lists it, but it is not there" in said
+    assert "SKIP  B_rotate_unit.json: it belongs to no case" in said
+    assert "FAIL  h_planning_metric " in said  # its settings are missing
+    assert "PASS  i_retrieve_traj" in said
+    assert "state_dict_keys" not in said
+    assert "2 cases run: NOT all pass" in said
+    assert "1 listed files absent; 1 of no known case" in said
+
+
+@pytest.mark.parametrize("index", ["garbage", "[]", "\xff"])
+def test_an_index_that_cannot_be_read_is_refused(spoiled, capsys, index):
+    (spoiled / "index.json").write_bytes(index.encode("latin-1"))
+    assert main(["parity", str(spoiled)]) == EXIT_USER_ERROR
+    assert "index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("h_planning_metric.json", "[]"),
+        ("h_planning_metric.npz", ""),
+        ("i_retrieve_traj.json", '{"a": 1}'),
+        ("i_retrieve_traj.json", "[1]"),
+        ("m_sdc_labels.json", '{"cases": [null]}'),
+        ("m_sdc_labels.json", '{"cases": {"a": 1}}'),
+    ],
+)
+def test_a_file_of_another_form_fails_its_own_case_alone(shared, tmp_path, capsys, name, content):
+    for other in ("h_planning_metric.json", "h_planning_metric.npz", "j_prompts.json"):
+        shutil.copy(shared / "golden" / other, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).write_text(content)
+    (tmp_path / "index.json").write_text("{}")
+    assert main(["parity", str(tmp_path)]) == EXIT_FAILED
+    said = capsys.readouterr().out
+    assert f"FAIL  {name.partition('.')[0]} " in said
+    assert "PASS  j_prompts" in said
+
+
 @pytest.mark.parametrize("index", [None, "{}"])
 def test_a_folder_without_recordings_is_refused(tmp_path, capsys, index):
     if index is not None:
