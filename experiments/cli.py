@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None: the process's own.
 
     Returns:
-        0; 1 when a comparison failed; 2 for a mistake of the user's, which is printed as one
-        sentence; 130 when interrupted.
+        0; 1 when a comparison failed; 2 for a mistake of the user's or a file that the system
+        refuses, which is printed as one sentence; 130 when interrupted.
     """
     _wait_briefly()
     parser = build_parser()
@@ -65,9 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = options.run(options)
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {error}", markup=False, style="red"
-        )
+        _print_error(str(error))
+        return EXIT_USER_ERROR
+    except OSError as error:
+        # The file system's own: a full disk, no permission. Others name no path.
+        if error.filename is None:
+            raise
+        _print_error(f"{error.filename2 or error.filename}: {error.strerror}")
         return EXIT_USER_ERROR
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning makes an exit of an interruption.
@@ -76,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     return code or EXIT_OK
+
+
+def _print_error(sentence: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {sentence}", markup=False, style="red")
 
 
 def build_parser() -> argparse.ArgumentParser:

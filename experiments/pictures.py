@@ -29,6 +29,7 @@ MAP_COLOURS = ((240, 180, 0), (120, 170, 240), (90, 90, 90))  # divider, ped_cro
 LIDAR_HEIGHT_M = 1.84  # the road lies this far below LIDAR_TOP on the nuScenes car
 PATH_WIDTH_M = 1.0
 PANEL_HEIGHT = 540
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg")
 EGO_SIZE_M = (1.73, 4.08)
 EGO_CENTRE_M = (0.0, 0.5)  # the middle of the car is half a metre ahead of LIDAR_TOP
 NEAR_M = 0.5  # what is nearer to a camera than this is cut off

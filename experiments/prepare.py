@@ -39,6 +39,8 @@ def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> Experime
         UserError: the given root holds no data of the version, and the experiment has no town.
     """
     root = config.data.folder
+    if root.is_file():
+        raise UserError(f"the data root {root} is a file, not a folder")
     if not (root / config.data.version).is_dir() and config.town is not None:
         if config.town.version != config.data.version:
             raise UserError(

@@ -49,10 +49,12 @@ def add(verbs: Verbs) -> None:
 def cache_experiment(options: argparse.Namespace) -> None:
     """Fill and verify a stage's cache."""
     from experiments.cache_ahead import cache_ahead
+    from experiments.output_places import check_folder
     from experiments.pipeline import open_pipeline
     from experiments.stage_run import is_first_process
 
     quiet_libraries()
+    check_folder(runs_of(options))
     pipeline = open_pipeline(
         experiment_of(options), runs_of(options), options.parent, any_number=True
     )

@@ -43,6 +43,7 @@ def add(verbs: Verbs) -> None:
 
 def compare_points(options: argparse.Namespace) -> None:
     """Tables in the terminal, Markdown, JSON and a page, and the same in MLflow."""
+    from experiments.output_places import check_folder
     from experiments.sweeps.comparison import compare_sweep
     from experiments.sweeps.comparison_page import (
         PAGE,
@@ -55,6 +56,8 @@ def compare_points(options: argparse.Namespace) -> None:
     quiet_libraries()
     folder = _folder(options.sweep, runs_of(options))
     console = wide_console()
+    if options.out:
+        check_folder(options.out)
     if options.higher_is_better and not options.metric:
         raise UserError("--higher-is-better says something about --metric, which is not there")
     found = compare_sweep(folder, options.metric, higher_is_better=options.higher_is_better)

@@ -84,8 +84,11 @@ def version_of(options: argparse.Namespace) -> str:
 def make_index(options: argparse.Namespace) -> None:
     """An index."""
     from datamodules.index_file import map_index
+    from experiments.output_places import check_file
     from experiments.prepare import index_with_bar
 
+    if options.out:
+        check_file(options.out)
     version = version_of(options)
     file = index_with_bar(options.root, version, options.out)
     index = map_index(file, options.root)
@@ -100,9 +103,11 @@ def show_sample(options: argparse.Namespace) -> None:
     """A picture."""
     from datamodules.nuscenes import NuScenesDataConfig
     from experiments.cameras_picture import draw_sample, sample_view
-    from experiments.pictures import save_picture
+    from experiments.output_places import check_file
+    from experiments.pictures import PICTURE_ENDINGS, save_picture
     from experiments.prepare import index_with_bar
 
+    check_file(options.out, PICTURE_ENDINGS)
     version = version_of(options)
     index_with_bar(options.root, version)
     data = NuScenesDataConfig(str(options.root), version).build()
@@ -115,9 +120,11 @@ def show_sample(options: argparse.Namespace) -> None:
 
 def make_data(options: argparse.Namespace) -> None:
     """A town."""
+    from experiments.output_places import check_folder
     from experiments.prepare import make_town_at
     from experiments.schema import TownSettings
 
+    check_folder(options.out)
     width, cross, height = options.image_size.partition("x")
     if not cross or not width.isdigit() or not height.isdigit():
         raise UserError(f"--image-size is width x height, e.g. 320x180, not {options.image_size!r}")

@@ -95,8 +95,10 @@ def export_file(options: argparse.Namespace) -> None:
     """Write a file."""
     from datamodules.exchange.formats import FORMATS as forms
     from datamodules.exchange.formats import frames_of, write_file
+    from experiments.output_places import check_file
 
     quiet_libraries()
+    check_file(options.out)
     if options.out.exists() and not options.force:
         raise UserError(f"{options.out} is there already; --force overwrites it")
     form = forms[options.format]

@@ -118,11 +118,13 @@ def show_experiment(options: argparse.Namespace) -> None:
 
 def fit_experiment(options: argparse.Namespace) -> None:
     """Train and evaluate."""
+    from experiments.output_places import check_folder
     from experiments.pipeline import open_pipeline
     from experiments.strategies import check_sharing
 
     quiet_libraries()
     config = experiment_of(options)
+    check_folder(runs_of(options))
     check_sharing(config)
     pipeline = open_pipeline(config, runs_of(options), options.parent)
     pipeline.fit()
@@ -131,10 +133,12 @@ def fit_experiment(options: argparse.Namespace) -> None:
 
 def test_experiment(options: argparse.Namespace) -> None:
     """Predict again and evaluate."""
+    from experiments.output_places import check_folder
     from experiments.pipeline import open_pipeline
     from odvla.metrics.protocol import protocols_of
 
     protocols_of(options.protocol)  # a name that does not exist shows before the work
+    check_folder(runs_of(options))
     quiet_libraries()
     config = experiment_of(options)
     if options.hide and config.stages.planning is not None:
@@ -149,10 +153,14 @@ def test_experiment(options: argparse.Namespace) -> None:
 
 def predict_sample(options: argparse.Namespace) -> None:
     """One sample."""
+    from experiments.output_places import check_file
+    from experiments.pictures import PICTURE_ENDINGS
     from experiments.predict import predict
     from experiments.prepare import prepare_data
 
     quiet_libraries()
+    if options.picture:
+        check_file(options.picture, PICTURE_ENDINGS)
     config = experiment_of(options)
     if options.version:
         config = replace(config, town=None, data=replace(config.data, version=options.version))

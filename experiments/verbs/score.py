@@ -104,8 +104,10 @@ def add(verbs: Verbs) -> None:
 
 def report_results(options: argparse.Namespace) -> None:
     """Tables in the terminal, Markdown and a page."""
+    from experiments.output_places import check_folder
     from experiments.report_page import PAGE, make_report
 
+    check_folder(options.out)
     console = wide_console()
     for table in make_report(options.results, options.out, options.pictures):
         if not table.title.startswith("Published"):
@@ -115,10 +117,13 @@ def report_results(options: argparse.Namespace) -> None:
 
 def score_predictions(options: argparse.Namespace) -> None:
     """Read, score, print, write."""
+    from experiments.output_places import check_folder
     from experiments.score import ScoreRequest, score
     from experiments.truth_files import TruthFiles
 
     quiet_libraries()
+    if options.out:
+        check_folder(options.out)
     request = ScoreRequest(
         predictions=options.predictions,
         data=options.data,

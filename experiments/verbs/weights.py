@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,7 @@ def add(verbs: Verbs) -> None:
 
 def convert_weights(options: argparse.Namespace) -> None:
     """There or back."""
+    from experiments.output_places import check_folder
     from odvla.checkpoints.convert import import_weights
     from odvla.checkpoints.export import export_weights
     from odvla.weight_names import LAYOUTS
@@ -93,6 +95,9 @@ def convert_weights(options: argparse.Namespace) -> None:
             f"one of --from and --to is odvla, the other one of {', '.join(THEIRS)}; not "
             f"{options.origin} and {options.target}"
         )
+    if not 1 <= options.shard_gb * GIGABYTE < math.inf:
+        raise UserError(f"--shard-gb must be a number above 0, not {options.shard_gb:g}")
+    check_folder(options.out.parent)
     limit = int(options.shard_gb * GIGABYTE)
     console = Console(soft_wrap=True, highlight=False)
     there = options.target == OURS

@@ -39,6 +39,53 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(command, message, capsys, tmp
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("predict tiny --sample x --picture plan.pdf", "plan.pdf must end in .png"),
+        ("predict tiny --sample x --picture folder.png", "folder.png is a folder"),
+        ("predict tiny --sample x --picture file/p.png", "file is a file"),
+        ("score plans.json --data d --out file", "file is a file, not a folder"),
+        ("report r --out file", "file is a file, not a folder"),
+        ("data show d --out x.txt", "x.txt must end in .png or .jpg"),
+        ("data show d --out folder.png", "folder.png is a folder"),
+        ("data export d --format gt-traj --out folder.png --force", "folder.png is a folder"),
+        ("data index d --out folder.png", "folder.png is a folder"),
+        ("data make file/x", "file/x cannot be made: "),
+        ("weights convert w --from uniad --to odvla --out file/x", "file is a file"),
+        ("weights convert w --from uniad --to odvla --out x --shard-gb nan", "--shard-gb"),
+        ("fit tiny --runs file", "file is a file, not a folder"),
+        ("fit tiny --data file", "the data root file is a file"),
+        ("test tiny --runs file", "file is a file, not a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_shows_before_the_work(
+    command, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    assert main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder.png", "runs", "data"}
+
+
+def test_what_the_system_refuses_is_a_sentence_and_any_other_error_is_seen(capsys, monkeypatch):
+    def stopped_by(error):
+        def run(options):
+            raise error
+
+        monkeypatch.setattr("experiments.verbs.run.list_experiments", run)
+        return main(["list"])
+
+    assert stopped_by(OSError(28, "No space left on device", "a/b")) == 2
+    assert "error: a/b: No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="a pipe"):
+        stopped_by(OSError("a pipe"))
+
+
 def test_an_unknown_option_is_refused(capsys):
     for command in (
         ["fit", "tiny", "--sped"],
