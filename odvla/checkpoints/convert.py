@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
-# What BatchNorm keeps besides its parameters.
-STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+# What BatchNorm keeps besides its parameters; the last one counts in whole numbers.
+COUNTER = ".num_batches_tracked"
+STATISTICS = (".running_mean", ".running_var", COUNTER)
 # How a checkpoint stores a language model's output layer.
 HEAD_ABSENT, HEAD_COPY, HEAD_OWN = "absent: it is the embedding", "a copy of the embedding", "own"
 
@@ -82,8 +83,8 @@ def import_weights(
         extra: what else to write beside the weights: file name -> what writes it.
 
     Raises:
-        UserError: the checkpoint cannot be read, or a tensor in it is unknown, missing or of a
-            shape that does not fit the others.
+        UserError: the checkpoint cannot be read, or a tensor in it is unknown, missing, of a shape
+            that does not fit the others, or holds anything but finite floating-point numbers.
     """
     checkpoint = open_checkpoint(source)
     renamed = layout.to_ours(checkpoint.tensors)
@@ -92,6 +93,10 @@ def import_weights(
     ours = {new: checkpoint.tensors[old] for old, new in renamed.names.items()}
     head = untie(ours) if layout is OPENDRIVEVLA else None
     sizes = check_shapes(ours, layout, source, original)
+    ours = {
+        name: tensor if name.endswith(COUNTER) else _finite(tensor, f"{source}: {original[name]!r}")
+        for name, tensor in ours.items()
+    }
     unused = {name: checkpoint.tensors[name] for name in renamed.unused}
     back = layout.to_theirs(ours).names
     note: dict[str, Any] = {
@@ -162,6 +167,18 @@ def untie(ours: dict[str, StoredTensor]) -> str:
     return HEAD_COPY
 
 
+def _finite(tensor: StoredTensor, name: str) -> StoredTensor:
+    """A tensor whose values are looked at when they are read: a checkpoint is read once."""
+
+    def read() -> torch.Tensor:
+        values = tensor.read()
+        if not bool(values.isfinite().all()):
+            raise UserError(f"{name} holds values that are not finite")
+        return values
+
+    return replace(tensor, read=read)
+
+
 def _bytes(tensor: StoredTensor) -> torch.Tensor:
     return tensor.read().contiguous().reshape(-1).view(torch.uint8)
 
@@ -169,7 +186,7 @@ def _bytes(tensor: StoredTensor) -> torch.Tensor:
 def check_shapes(
     ours: Stored, layout: Layout | None, source: Path, original: Mapping[str, str]
 ) -> Sizes:
-    """Hold every name and shape against the modules that will read them.
+    """Hold every name, shape and type against the modules that will read them.
 
     Args:
         ours: tensors under our names.
@@ -178,7 +195,8 @@ def check_shapes(
         original: our names -> what they are called in the source.
 
     Raises:
-        UserError: naming the first tensor that is missing, too many or of another shape.
+        UserError: naming the first tensor that is missing, too many, of another shape or not of
+            floating-point numbers.
     """
 
     def name_of(name: str) -> str:
@@ -209,6 +227,12 @@ def check_shapes(
             f"{source}: {name_of(name)!r} has shape {shapes[name]}, with the sizes of the others "
             f"it must be {expected[name]} ({len(wrong)} misshapen)"
         )
+    for name, tensor in ours.items():
+        if not tensor.dtype.is_floating_point and not name.endswith(COUNTER):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{source}: {name_of(name)!r} is of type {kind}, not of floating-point numbers"
+            )
     return sizes
 
 

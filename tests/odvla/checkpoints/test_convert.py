@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from odvla.checkpoints.contents import contents_of
 from odvla.checkpoints.convert import NOTE, SOURCE_FILES, UNUSED_FILE, import_weights
 from odvla.checkpoints.export import export_weights
 from odvla.checkpoints.reading import open_checkpoint
@@ -247,6 +248,25 @@ def test_a_misshapen_tensor_is_named(tmp_path, uniad, name):
     tensors = {**uniad, name: torch.cat([uniad[name], uniad[name][:1]])}
     with pytest.raises(UserError, match=rf"'{name}' has shape .* must be .* \(1 misshapen\)"):
         import_weights(write(tensors, tmp_path / "w.pth"), UNIAD, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t * float("nan"), "holds values that are not finite"),
+        (lambda t: t / 0, "holds values that are not finite"),
+        (lambda t: t > 0, "is of type bool, not of floating-point numbers"),
+        (lambda t: t.to(torch.int32), "is of type int32, not of floating-point numbers"),
+    ],
+)
+def test_a_tensor_of_no_numbers_is_named(tmp_path, uniad, change, said):
+    name = "img_backbone.conv1.weight"
+    source = write({**uniad, name: change(uniad[name])}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"w\.pth.*'{name}' {said}"):
+        import_weights(source, UNIAD, tmp_path / "ours")
+    assert {path.name for path in tmp_path.iterdir()} == {"w.pth"}
+    if "type" in said:
+        assert said in contents_of(source).problem
 
 
 def test_one_tensor_too_many_is_named(tmp_path, uniad):
