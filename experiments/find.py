@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -108,6 +109,10 @@ def _foreign(name: str, what: str, kind: type[_T]) -> _T:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{what} {name!r}: {module_name} has no function {function_name!r}")
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:  # a class of C has no signature
+        raise UserError(f"{what} {name!r} must be a function without arguments: {error}") from error
     made = function()
     if not isinstance(made, kind):
         raise UserError(f"{what} {name!r} returned a {type(made).__name__}, not a {kind.__name__}")

@@ -48,6 +48,9 @@ SPEED_SETTINGS = (
 )
 
 
+SEEDS = 2**32  # as many as numpy and Lightning take
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """A vocabulary learned from the training texts, or one that comes with a language model."""
@@ -83,6 +86,15 @@ class TownSettings:
     image_size: tuple[int, int] = (320, 180)
     seed: int = 0
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the seed; the rest is checked where a town is made.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        if self.seed < 0:
+            raise UserError(f"a town's seed must be at least 0, not {self.seed}")
 
     @property
     def version(self) -> str:
@@ -261,6 +273,8 @@ class ExperimentConfig:
         """
         if not self.name or "/" in self.name:
             raise UserError(f"an experiment's name becomes a folder, {self.name!r} cannot be one")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed must be at least 0 and below {SEEDS}, not {self.seed}")
         if self.model.ego_token and not self.dialect.has_ego_slot:
             raise UserError(
                 f"model.ego_token has no place: dialect {self.dialect.name!r} without "

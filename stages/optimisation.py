@@ -89,6 +89,8 @@ class OptimiserConfig:
                 raise UserError(
                     f"optimiser.muon_components: {name!r} is none of {', '.join(COMPONENTS)}"
                 )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimiser.betas are numbers from 0 on, below 1, not {self.betas}")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a part of all steps below 1, not {self.warmup}")
         if not 0 <= self.final_lr <= 1:

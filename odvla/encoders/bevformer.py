@@ -27,6 +27,7 @@ from odvla.encoders.bev_motion import motion_of, turn_bev
 from odvla.encoders.bevformer_layers import BEVFormerLayer, LayerInputs, project_pillars
 from odvla.encoders.protocol import EncoderState, fake_frames, require_images
 from odvla.encoders.resnet import FPN, MULTIPLE, ResNetConfig, padded_size
+from odvla.errors import check_sizes
 from odvla.types import BevGrid, Frames, SceneFeatures
 
 Compat = Literal["none", "uniad"]
@@ -66,6 +67,7 @@ class BEVFormerConfig:
         Raises:
             ValueError: naming the setting.
         """
+        check_sizes(self, "dim", "rows", "columns", "cameras", "layers", "heads", "heights")
         if self.dim % self.heads or self.dim % 2:
             raise ValueError(
                 f"encoder.dim {self.dim} must be even and a multiple of encoder.heads {self.heads}"

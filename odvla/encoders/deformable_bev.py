@@ -34,6 +34,7 @@ from odvla.encoders.image_backbone import (
 )
 from odvla.encoders.pillars import PillarView, in_tall, places_before, tall_image, view_pillars
 from odvla.encoders.protocol import EncoderState, fake_frames, require_images
+from odvla.errors import check_sizes
 from odvla.ops.deformable_attention import deformable_attention, ring_offsets
 from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
 
@@ -66,6 +67,7 @@ class DeformableBEVConfig:
         Raises:
             ValueError: naming the setting.
         """
+        check_sizes(self, "dim", "rows", "columns", "layers", "heads")
         if self.dim % self.heads or self.dim % 8:
             raise ValueError(
                 f"encoder.dim {self.dim} must be a multiple of 8 and of encoder.heads {self.heads}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from odvla import geometry
 from odvla.encoders.image_backbone import ResidualBlock, conv
 from odvla.encoders.protocol import EncoderState, fake_frames
+from odvla.errors import check_sizes
 from odvla.types import BevGrid, Frames, LidarPoints, SceneFeatures
 
 POINT_FEATURES = 9  # x, y, z, intensity; x, y, z from the mean; x, y from the cell's centre
@@ -46,6 +47,7 @@ class LidarPillarsConfig:
         Raises:
             ValueError: naming the setting.
         """
+        check_sizes(self, "dim", "rows", "columns")
         if self.dim % 8:
             raise ValueError(f"encoder.dim {self.dim} must be a multiple of 8")
         if self.fine not in (1, 2):

@@ -23,6 +23,7 @@ from odvla import geometry
 from odvla.encoders.image_backbone import FeaturePyramid, ImageBackboneConfig, ResidualBlock, conv
 from odvla.encoders.pillars import places_before
 from odvla.encoders.protocol import EncoderState, fake_frames
+from odvla.errors import check_sizes
 from odvla.ops.deformable_attention import bilinear
 from odvla.types import BevGrid, Cameras, Frames, SceneFeatures
 
@@ -51,6 +52,7 @@ class LiftSplatConfig:
         Raises:
             ValueError: naming the setting.
         """
+        check_sizes(self, "dim", "rows", "columns")
         if self.dim % 8:
             raise ValueError(f"encoder.dim {self.dim} must be a multiple of 8")
         first, end, step = self.depths_m

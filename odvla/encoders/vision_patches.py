@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from odvla.encoders.huggingface import HuggingFaceBackboneConfig
 from odvla.encoders.protocol import EncoderState, fake_frames
+from odvla.errors import check_sizes
 from odvla.types import Frames, SceneFeatures
 
 
@@ -33,6 +34,14 @@ class VisionPatchesConfig:
     dim: int = 48
     cameras: int = 6
     camera_embedding: bool = True  # tells the language model which camera a patch is of
+
+    def __post_init__(self) -> None:
+        """Check what would fail late.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_sizes(self, "dim", "cameras")
 
     def build(self) -> VisionPatches:
         """The encoder."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from odvla import geometry
 from odvla.encoders.image_backbone import conv
+from odvla.errors import check_sizes
 from odvla.ops.deformable_attention import bilinear
 from odvla.queries.decoder import AgentDecoderLayer, PositionEncoding, mlp
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
@@ -70,6 +71,14 @@ class AgentQueriesConfig:
     heads: int = 4
     points: int = 4
     box_in_token: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what would fail late.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_sizes(self, "queries", "max_tokens", "layers", "heads", "points")
 
     def build(self, dim: int, grid: BevGrid | None) -> AgentQueries:
         """The module for an encoder's features.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from odvla import geometry
 from odvla.encoders.image_backbone import conv
+from odvla.errors import check_sizes
 from odvla.queries.decoder import PositionEncoding, QueryAttention, mlp
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
 from odvla.types import (
@@ -53,10 +54,9 @@ class MapQueriesConfig:
         """Check what would fail late.
 
         Raises:
-            ValueError: max_tokens leaves no room for the drivable area.
+            ValueError: naming the setting; max_tokens leave room for the drivable area.
         """
-        if self.max_tokens < 1:
-            raise ValueError(f"map.max_tokens must be at least 1, not {self.max_tokens}")
+        check_sizes(self, "queries", "max_tokens", "layers", "heads", "mask_rows", "mask_columns")
 
     def build(self, dim: int, grid: BevGrid | None) -> MapQueries:
         """The module for an encoder's features.

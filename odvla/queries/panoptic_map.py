@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odvla.errors import check_sizes
 from odvla.ops.transformer import (
     DecoderLayer,
     DeformableAttention,
@@ -80,6 +81,15 @@ class PanopticMapConfig:
     # "uniad": tokens are rows of the unsorted candidates at places counted in sorted order, so not
     # those of the elements on the map; merging as in MergeRules. "none": what was meant.
     compat: Literal["none", "uniad"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check what would fail late.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        layers = ("encoder_layers", "decoder_layers")
+        check_sizes(self, "queries", *layers, "heads", "points", "mask_heads")
 
     @property
     def stored_levels(self) -> int:

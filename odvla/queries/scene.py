@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odvla import geometry
+from odvla.errors import check_sizes
 from odvla.queries.protocol import Need, fake_features, require_bev, require_grid
 from odvla.types import BevGrid, Frames, SceneFeatures, Stream, TokenSet
 
@@ -33,8 +34,9 @@ class SceneSamplerConfig:
         """Check what would fail late.
 
         Raises:
-            ValueError: region_m is neither empty nor four ascending bounds.
+            ValueError: naming the setting; region_m is empty or four ascending bounds.
         """
+        check_sizes(self, "rows", "columns")
         region = self.region_m
         if region and (len(region) != 4 or region[0] >= region[1] or region[2] >= region[3]):
             raise ValueError(f"scene.region_m must be x_min, x_max, y_min, y_max, not {region}")

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from odvla.errors import check_sizes
 from odvla.losses.clip import ClipMatcher, ClipTargets, Lesson
 from odvla.ops.transformer import DecoderLayer, inverse_sigmoid
 from odvla.queries.box_codes import CODE, boxes_of_codes, codes_of_boxes
@@ -86,6 +87,14 @@ class TrackFormerConfig:
     # scene to scene, and the height in a code is that of a box's bottom. "none": every confident
     # track is a token, ids start from 0, heights are those of centres.
     compat: Literal["none", "uniad"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check what would fail late.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_sizes(self, "queries", "layers", "heads", "points", "max_tracks")
 
     def build(self, dim: int, grid: BevGrid | None) -> TrackFormer:
         """The module for an encoder's features.

@@ -23,6 +23,8 @@ def test_show_prints_the_changed_config(capsys, tmp_path):
     ("command", "message"),
     [
         (["show", "tinny"], "did you mean 'tiny'"),
+        (["show", "json:loads"], "must be a function without arguments: missing"),
+        (["data", "make", "out", "--seed", "-1"], "seed must be at least 0, not -1"),
         (["show", "tiny", "sed=1"], "did you mean 'seed'"),
         (["show", "tiny", "--overlay", "none.yaml"], "none.yaml does not exist"),
         (["data", "make", "out", "--image-size", "320"], "'320'"),

@@ -71,6 +71,16 @@ def test_the_papers_experiments_train_what_its_table_8_counts(tokenizer):
         ("dialect.name=odvla", "ego_token has no place"),
         ("dialect.without=[ego]", "ego_token has no place"),
         ("stages.planning.samples=0", "at least 1 sample"),
+        ("seed=-1", "seed must be at least 0"),
+        ("seed=99999999999999999999", "seed must be at least 0"),
+        ("town.seed=-1", "town's seed must be at least 0"),
+        ("model.encoder.dim=0", "model.encoder: dim must be at least 1, not 0"),
+        ("model.encoder.heads=0", "model.encoder: heads must be at least 1, not 0"),
+        ("model.queries.0.rows=0", "model.queries.0: rows must be at least 1"),
+        ("model.queries.1.queries=-1", "model.queries.1: queries must be at least 1, not -1"),
+        ("model.queries.2.queries=0", "model.queries.2: queries must be at least 1"),
+        ("stages.perception.optimiser.betas=[2,3]", "optimiser.betas are numbers"),
+        ("stages.perception.optimiser.betas=[.nan,0.9]", "optimiser.betas are numbers"),
     ],
 )
 def test_a_mistake_in_an_experiment_is_named(override, message):
