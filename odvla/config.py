@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from odvla.errors import UserError
 
@@ -69,7 +69,7 @@ def apply_overlay(config: _C, path: Path) -> _C:
         raise UserError(f"the overlay {path} does not exist")
     try:
         patch = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"the overlay {path} cannot be read: {_line(error)}") from error
     try:
         return _merge(config, patch, "")
@@ -354,4 +354,6 @@ def _type_name(hint: Any) -> str:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -56,7 +56,15 @@ def add_experiment(parser: argparse.ArgumentParser, *, required: bool = True) ->
         metavar="key=value",
         help="changed settings, e.g. stages.planning.steps=10 (see `show`)",
     )
-    parser.add_argument("--overlay", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--overlay",
+        dest="overlays",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of settings; may be given again: of two values the later file's counts",
+    )
     parser.add_argument(
         "--force-dialect",
         action="store_true",
@@ -78,8 +86,8 @@ def experiment_of(options: argparse.Namespace) -> ExperimentConfig:
     from odvla.config import apply_overlay, apply_overrides
 
     config = find_experiment(options.experiment)
-    if options.overlay:
-        config = apply_overlay(config, options.overlay)
+    for overlay in options.overlays:
+        config = apply_overlay(config, overlay)
     config = apply_overrides(config, options.overrides)
     if options.force_dialect:
         config = replace(config, force_dialect=True)

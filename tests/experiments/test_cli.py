@@ -19,6 +19,16 @@ def test_show_prints_the_changed_config(capsys, tmp_path):
     assert "root: /d" in shown
 
 
+def test_of_two_overlays_both_count_the_later_one_more(capsys, tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 4\npictures: 2\n")
+    second.write_text("seed: 6\n")
+    assert main(["show", "smoke", "--overlay", str(first), "--overlay", str(second)]) == 0
+    shown = capsys.readouterr().out
+    assert "\nseed: 6\n" in shown
+    assert "\npictures: 2\n" in shown
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -135,6 +135,13 @@ def test_an_overlay_that_does_not_fit_names_its_file(tmp_path):
     path.write_text("drive: {spokes: x")
     with pytest.raises(UserError, match=r"over\.yaml cannot be read"):
         apply_overlay(Car(), path)
+    path.write_text("name: a\ndrive:\n  spokes: 3\nname: b\n")
+    with pytest.raises(UserError, match=r"over\.yaml cannot .*duplicate key name, line 4$"):
+        apply_overlay(Car(), path)
+    for coding in ("latin-1", "utf-16"):
+        path.write_bytes("name: \xe9".encode(coding))
+        with pytest.raises(UserError, match=r"over\.yaml cannot be read: 'utf-8'"):
+            apply_overlay(Car(), path)
     with pytest.raises(UserError, match="does not exist"):
         apply_overlay(Car(), tmp_path / "none.yaml")
 
