@@ -73,7 +73,7 @@ def collisions_over_time(results: Sequence[Result], protocol: str) -> str:
     figure, axes = new_axes("seconds ahead", "collisions (%)")
     times = STEP_S * np.arange(1, WAYPOINTS + 1)
     for result, colour in zip(results, _colours(results), strict=True):
-        rates = 100 * np.array(result.protocols[protocol]["collision_steps"], dtype=float)
+        rates = 100 * np.array(result.protocols[protocol]["collision_steps"], float)
         axes.plot(times, rates, color=colour, marker="o", label=result.name)
     axes.set_ylim(bottom=0)
     return svg_text(figure, axes)
@@ -106,7 +106,7 @@ def _bars(results: Sequence[Result], protocol: str, names: Sequence[str], name_o
     for number, (result, colour) in enumerate(zip(results, _colours(results), strict=True)):
         groups: dict[str, list[tuple[float, str]]] = {name: [] for name in names}
         for record in result.samples.values():
-            if protocol in record["l2_avg_m"]:
+            if record["l2_avg_m"].get(protocol) is not None:
                 groups[name_of(record)].append((record["l2_avg_m"][protocol], record["scene"]))
         for place, name in enumerate(names):
             counts[name] = max(counts[name], len(groups[name]))
@@ -136,7 +136,7 @@ def _errors(
     """L2 [S, T], which steps were recorded [S, T], and scenes [S]."""
     point = result.card(protocol).driven
     records = [record for record in result.samples.values() if point in record["l2_m"]]
-    l2 = np.array([record["l2_m"][point] for record in records])
+    l2 = np.array([record["l2_m"][point] for record in records], float)  # null becomes NaN
     recorded = np.array([record["recorded_steps"] for record in records])
     known = np.arange(WAYPOINTS)[None] < recorded[:, None]
     return l2, known, [record["scene"] for record in records]

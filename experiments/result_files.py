@@ -17,10 +17,36 @@ from experiments.report import ResultTable
 from odvla.errors import UserError
 from odvla.metrics.intervals import PairedTest, paired_by_sample
 from odvla.metrics.protocol import PRESETS, ProtocolCard, refuse_to_mix
+from odvla.types import WAYPOINTS
 
 Record = dict[str, Any]
 ENDS = ("1s", "2s", "3s", "avg")
 NUSCENES_VAL = 6019  # key-frames of the val split
+# Of a results.json: what holds more results, and what is read of a sample of plans.
+GROUPS = (
+    "planning",
+    "driving",
+    "baselines",
+    "counts",
+    "perception",
+    "detection",
+    "tracking",
+    "map_iou",
+    "language",
+    "alignment",
+    "instruction",
+    "interaction",
+    "object_captions",
+)
+SAMPLE: dict[str, Any] = {
+    "sample_token": str,
+    "scene": str,
+    "command": str,
+    "speed_mps": int | float,
+    "recorded_steps": int,
+    "l2_m": dict,
+    "l2_avg_m": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +74,8 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     """Results of `score` and of `test`; a folder means the results.json in it.
 
     Raises:
-        UserError: a file is missing or holds no results.
+        UserError: a file is missing or holds no results, or what is read of them is missing or of
+            another type.
     """
     found: list[Result] = []
     for path in paths:
@@ -56,12 +83,16 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
         if not file.is_file():
             raise UserError(f"there are no results at {file}")
         try:
-            content = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} holds no results of score or test")
-        found += _of_file(file, content)
+        _check_groups(file, content)
+        of_file = _of_file(file, content)
+        for result in of_file:
+            _check_numbers(result)
+        found += of_file
     names = [result.name for result in found]
     if len(set(names)) < len(names):  # two runs with the same rows: the folder tells them apart
         found = [
@@ -76,6 +107,59 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
             for r in found
         ]
     return found
+
+
+def _check_groups(file: Path, content: Record) -> None:
+    """Groups of results are objects, and samples are whole."""
+    planning = content.get("planning") or {}
+    groups = {name: content.get(name) for name in GROUPS}
+    if isinstance(planning, dict) and "predictions" not in content:
+        planners = planning.get("planning")
+        groups |= {"planning.planning": planners, "planning.driving": planning.get("driving")}
+        if isinstance(planners, dict):
+            groups |= {f"planning.planning.{name}": found for name, found in planners.items()}
+    for name, group in groups.items():
+        if group is not None and not isinstance(group, dict):
+            raise UserError(f"{file}: {name} holds no group of results but {group!r:.40}")
+    for name in ("predictions", "name"):
+        if not isinstance(content.get(name, ""), str):
+            raise UserError(f"{file}: {name} is no text but {content[name]!r:.40}")
+    samples = content.get("samples", [])
+    if not isinstance(samples, list) or not all(isinstance(record, dict) for record in samples):
+        raise UserError(f"{file}: samples is no list of records")
+    for number, record in enumerate(samples):
+        for name, kinds in SAMPLE.items() if "l2_m" in record else ():
+            if not isinstance(record.get(name), kinds):
+                which = record.get("sample_token", number)
+                raise UserError(f"{file}: sample {which} has no {name}, or one of another type")
+
+
+def _check_numbers(result: Result) -> None:
+    """Numbers of plans are there; those that were not finite are null."""
+    where = f"{result.path}, {result.name}"
+    for protocol, numbers in _group(where, result.protocols).items():
+        own = f"{where}, {protocol}"
+        shape = ProtocolCard.from_dict(_group(own, numbers).get("card"), own).shape
+        intervals = numbers.get("intervals_95") or {}
+        steps = numbers.get("collision_steps")
+        if not isinstance(steps, list) or len(steps) != WAYPOINTS:
+            raise UserError(f"{own}: collision_steps is no list of {WAYPOINTS} numbers")
+        names = [f"l2_{end}_m" for end in ENDS] + [f"{shape}_collision_{end}" for end in ENDS]
+        values = {name: numbers.get(name, "") for name in names}  # a text is no number
+        interval = _group(own, _group(own, intervals).get("l2_avg_m") or {})
+        values |= {f"intervals_95.l2_avg_m.{name}": value for name, value in interval.items()}
+        values |= {f"collision_steps.{step}": value for step, value in enumerate(steps)}
+        for name, value in values.items():
+            if not isinstance(value, int | float | None):
+                raise UserError(f"{own}: {name} is missing or no number")
+        if not isinstance(numbers.get("n_samples"), int):
+            raise UserError(f"{own}: n_samples is missing or no number")
+
+
+def _group(where: str, content: Any) -> Record:
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {content!r:.40} is no group of numbers")
+    return content
 
 
 def _of_file(file: Path, content: Record) -> list[Result]:
@@ -122,12 +206,11 @@ def planning_tables(results: Sequence[Result]) -> list[ResultTable]:
             numbers = result.protocols[protocol]
             shape = result.card(protocol).shape
             cells = [numbers[f"l2_{end}_m"] for end in ENDS]
-            rates = [numbers[f"{shape}_collision_{end}"] for end in ENDS]
-            # Null where no sample has a recorded step.
-            cells += [None if rate is None else 100 * rate for rate in rates]
-            interval = numbers.get("intervals_95", {}).get("l2_avg_m")
-            known = interval and interval["low"] is not None
-            spread = f"{interval['low']:.2f} to {interval['high']:.2f}" if known else None
+            collisions = (numbers[f"{shape}_collision_{end}"] for end in ENDS)
+            cells += [None if value is None else 100 * value for value in collisions]
+            interval = (numbers.get("intervals_95") or {}).get("l2_avg_m") or {}
+            low, high = interval.get("low"), interval.get("high")
+            spread = None if low is None or high is None else f"{low:.2f} to {high:.2f}"
             rows.append((result.name, (*cells, spread, str(numbers["n_samples"]))))
         columns = (*PLAN_COLUMNS, "L2 avg, 95 %", "n")
         note = ours[0].card(protocol).sentence()
@@ -197,7 +280,8 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
                 {
                     token: record["l2_avg_m"][protocol]
                     for token, record in result.samples.items()
-                    if protocol in record["l2_avg_m"]
+                    # Null: it was not finite, and has no difference to anything.
+                    if record["l2_avg_m"].get(protocol) is not None
                 }
                 for result in (first, other)
             )

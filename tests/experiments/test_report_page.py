@@ -153,6 +153,50 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         read_results([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["planning"]["uniad"].pop("l2_1s_m"), "uniad: l2_1s_m is missing"),
+        (lambda c: c["planning"]["uniad"].update(l2_1s_m="0.3"), "l2_1s_m is missing or no number"),
+        (lambda c: c["planning"]["uniad"].pop("n_samples"), "n_samples is missing"),
+        (lambda c: c["planning"]["uniad"].update(intervals_95=3), "3 is no group"),
+        (lambda c: c["planning"].update(uniad=3), "uniad: 3 is no group of numbers"),
+        (lambda c: c.update(planning=[]), "planning holds no group of results"),
+        (lambda c: c.update(language=3), "language holds no group of results"),
+        (lambda c: c["samples"][0].pop("sample_token"), "sample 0 has no sample_token"),
+        (lambda c: c["samples"][1].pop("scene"), "sample sample-01 has no scene"),
+        (lambda c: c.update(samples=[3]), "samples is no list of records"),
+        (lambda c: c.update(predictions=3), "predictions is no text"),
+    ],
+)
+def test_results_that_lack_something_are_refused_by_its_name(tmp_path, change, message):
+    file = write(tmp_path / "mine", 0.5) / "results.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"results\.json.*{message}"):
+        read_results([file])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_results([file])
+
+
+def test_numbers_that_were_not_finite_are_dashes(tmp_path):
+    folder, other = write(tmp_path / "mine", 0.5), write(tmp_path / "other", 1.0)
+    content = json.loads((folder / "results.json").read_text())
+    numbers = content["planning"]["uniad"]
+    numbers |= {name: None for name in numbers if "collision_" in name}
+    numbers["collision_steps"] = [None] * 6
+    numbers["intervals_95"]["l2_avg_m"] |= {"low": None, "high": None}
+    content["samples"][0]["l2_m"]["uniad"] = [None] * 6
+    content["samples"][0]["l2_avg_m"]["uniad"] = None
+    (folder / "results.json").write_text(json.dumps(content))
+    tables = {table.title: table for table in make_report([folder, other], tmp_path / "report")}
+    assert dict(tables["Planning, uniad"].rows)["mine.pkl"][4:9] == (None,) * 5
+    compared = dict(tables["Paired comparison, average L2 (m)"].rows)
+    assert compared["other.pkl - mine.pkl, uniad"][3] == str(SAMPLES - 1)
+
+
 def test_published_numbers_are_whole():
     plans = {found.protocol: found for found in published_plans()}
     assert [name for name, found in plans.items() if found.comparable] == [
