@@ -73,10 +73,13 @@ def language_bytes(config: ExperimentConfig, stage: str, vocab_size: int, load: 
         attention="sdpa",
         gradient_checkpointing=config.trainer.gradient_checkpointing,
     )
-    with FakeTensorMode():
+    # Built without contents first: peft casts its adapters in place, which fake tensors refuse.
+    with torch.device("meta"):
         holder = nn.ModuleDict({"language": language.build(vocab_size)})
-        holder.train()
-        _freeze(holder, config.stages.of(stage).freeze)
+    holder.train()
+    _freeze(holder, config.stages.of(stage).freeze)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        holder.to_empty(device="cpu")
         model: Any = holder["language"]
         shape = (load.rows, load.places)
         embeds = torch.empty(*shape, model.hidden, requires_grad=True)

@@ -32,10 +32,20 @@ def allocated(ready, vla):
     return held + most
 
 
-def test_a_step_takes_the_memory_that_was_predicted():
-    config = apply_overrides(
-        find_experiment("tiny"), [*SMALLER, "run=[perception,instruction,planning]"]
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["run=[perception,instruction,planning]"],
+        [
+            "run=[instruction]",
+            "model.language.lora.rank=4",
+            "stages.instruction.freeze.train=[projectors.*, language.*lora_*]",
+        ],
+    ],
+    ids=("all weights", "adapters"),
+)
+def test_a_step_takes_the_memory_that_was_predicted(changes):
+    config = apply_overrides(find_experiment("tiny"), [*SMALLER, *changes])
     for budget in budgets(config):
         vla, tokenizer = random_model(config)
         measured = allocated(trial(config, budget.stage, vla, tokenizer), vla)
