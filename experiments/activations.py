@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from experiments.schema import ExperimentConfig
 from odvla.encoders.protocol import fake_frames
-from odvla.fake_batch import fake_tokenizer
+from odvla.fake_batch import fake_tokenizer, sweep_points
 from odvla.freezing import FreezePlan
 from odvla.vla import DrivingVLA
 
@@ -148,7 +148,8 @@ def _probe(config: ExperimentConfig, stage: str, factor: int) -> int:
         vision = [*vla.encoder.parameters(), *vla.queries.parameters()]
         if not any(p.requires_grad for p in vision):
             return 0
-        frames = fake_frames(1, (width // factor, height // factor))
+        size = (width // factor, height // factor)
+        frames = fake_frames(1, size, lidar_points=sweep_points(encoder))
         with mixed(config.trainer.precision), kept_for_backward(vla.parameters) as kept:
             seen, _ = vla.perceive((frames,))
             del seen

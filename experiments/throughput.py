@@ -11,7 +11,7 @@ import torch
 
 from experiments.budget import SAMPLE_KINDS, looks_once
 from experiments.schema import ExperimentConfig
-from odvla.fake_batch import fake_batch, fake_tokenizer
+from odvla.fake_batch import fake_batch, fake_tokenizer, sweep_points
 from odvla.language.tokenizer import ChatTokenizer
 from odvla.token_memory import TokenMemory
 from odvla.types import Batch
@@ -70,6 +70,7 @@ def trial(config: ExperimentConfig, stage: str, vla: DrivingVLA, tokenizer: Chat
         rows=data.batch_size,
         steps=data.clip_length if stage == "perception" else 1,
         image_size=config.data.image_size,
+        lidar_points=sweep_points(config.model.encoder),
         grid=getattr(config.model.encoder, "grid", None),
         kinds=chosen,
         dialect=config.dialect_of(stage),

@@ -31,6 +31,7 @@ from odvla.types import (
 
 FAKE_BINS = 256  # of plans of action tokens
 AGENTS = 4  # annotated agents of a fake frame
+SWEEP_POINTS = 34_700  # about what nuScenes' LIDAR_TOP sees in a turn
 
 
 def fake_tokenizer(
@@ -48,6 +49,7 @@ def fake_batch(
     rows: int = 2,
     steps: int = 1,
     image_size: tuple[int, int] = (160, 90),
+    lidar_points: int = 0,
     grid: BevGrid | None = None,
     kinds: Sequence[str] = ("plan",),
     dialect: Dialect | None = None,
@@ -60,6 +62,7 @@ def fake_batch(
         rows: clips B.
         steps: key-frames T of a clip.
         image_size: width, height.
+        lidar_points: of a sweep; 0: no lidar.
         grid: where map targets are rastered; None: no map targets.
         kinds: conversations a row has.
         dialect: their wording; None: compact.
@@ -75,7 +78,10 @@ def fake_batch(
         owners = [row for row in range(rows) for _ in kinds]
         talk = tokenizer.tokenise(conversations, owners)
     return Batch(
-        clip=tuple(fake_frames(rows, image_size, seed, step=step) for step in range(steps)),
+        clip=tuple(
+            fake_frames(rows, image_size, seed, step=step, lidar_points=lidar_points)
+            for step in range(steps)
+        ),
         valid=torch.ones(rows, dtype=torch.bool),
         ego=ego,
         agents=tuple(agents),
@@ -84,6 +90,11 @@ def fake_batch(
         talk=talk,
         traffic=_fake_traffic(rows, seed),
     )
+
+
+def sweep_points(encoder: object) -> int:
+    """Points of the lidar sweep that an encoder's config asks for; 0: it reads none."""
+    return SWEEP_POINTS if getattr(encoder, "needs_lidar", False) else 0
 
 
 def fake_conversations(

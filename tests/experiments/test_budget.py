@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from experiments.activations import vision_bytes
 from experiments.budget import budgets, memory_of
 from experiments.cli import main
-from experiments.find import find_experiment
+from experiments.find import experiments, find_experiment
 from experiments.throughput import random_model, trial
 from experiments.verbs.parser import EXIT_USER_ERROR
 from odvla.config import apply_overrides
@@ -103,8 +103,22 @@ def test_the_verb_prints_what_is_needed(capsys):
     assert "must be positive, not -1" in capsys.readouterr().err
 
 
-def test_throughput_can_be_measured(capsys):
-    assert main(["plan", "smoke", "run=[alignment]", "--measure"]) == 0
+@pytest.mark.parametrize(
+    "name", [n for n, (module, _) in experiments().items() if module != "experiments.opendrivevla"]
+)
+def test_every_small_experiment_can_be_planned(name):
+    config = find_experiment(name)
+    (budget,) = budgets(replace(config, run=config.run[:1]))
+    assert budget.memory.activations > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["smoke", "run=[alignment]"], ["lidar_llm_style", "run=[alignment]"]],
+    ids=("cameras", "lidar"),
+)
+def test_throughput_can_be_measured(capsys, changes):
+    assert main(["plan", *changes, "--measure"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rate, hours = [t for t in lines if t.strip().startswith("alignment")][-1].split()[-2:]
     assert float(rate) > 0
