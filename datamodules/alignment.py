@@ -24,7 +24,7 @@ from odvla.types import MAP_CLASSES, BevGrid, Conversation, EgoState
 
 STREAMS = ("track", "map", "scene")
 REPEATED = "its answer is that of another record of its key-frame"
-TOO_MANY = "its key-frame's summary has data.summary_answers answers already"
+TOO_MANY = "its key-frame's summary has as many answers as summary_answers allows"
 # (one of, many of) for each of MAP_CLASSES
 MAP_WORDS = (
     ("lane or road divider", "lane or road dividers"),
@@ -105,9 +105,7 @@ class AlignmentConfig(TOD3CapConfig, NuCaptionConfig):
         """
         super().__post_init__()
         if not self.streams or set(self.streams) - set(STREAMS):
-            raise UserError(
-                f"data.streams must be some of {', '.join(STREAMS)}, not {self.streams}"
-            )
+            raise UserError(f"streams must be some of {', '.join(STREAMS)}, not {self.streams}")
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None

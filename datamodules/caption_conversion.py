@@ -95,7 +95,8 @@ def check_broken(path: Path, found: Sequence[Broken], allowed: int) -> None:
         _, token, problem = min(found)
         raise UserError(
             f"{path}, {token}: {problem}; it is the first of {len(found)} record(s) so far that do "
-            f"not fit, and data.broken_captions (score: --broken-captions) allows {allowed}"
+            "not fit, and data.<stage>.broken_captions (data describe: broken_captions, score: "
+            f"--broken-captions) allows {allowed}"
         )
 
 

@@ -55,17 +55,15 @@ class LanguageDataConfig(NuScenesDataConfig):
         """
         super().__post_init__()
         if self.eval_frames_stride < 1:
-            raise UserError(
-                f"data.eval_frames_stride must be at least 1, not {self.eval_frames_stride}"
-            )
+            raise UserError(f"eval_frames_stride must be at least 1, not {self.eval_frames_stride}")
         if self.broken_records < 0:
-            raise UserError(f"data.broken_records must be 0 or more, not {self.broken_records}")
+            raise UserError(f"broken_records must be 0 or more, not {self.broken_records}")
         for name in ("conversations_per_frame", "eval_conversations_per_frame"):
             if getattr(self, name) < 0:
-                raise UserError(f"data.{name} must be 0 (all) or more, not {getattr(self, name)}")
-        check_sampling(self.sampling, "data.sampling")
+                raise UserError(f"{name} must be 0 (all) or more, not {getattr(self, name)}")
+        check_sampling(self.sampling, "sampling")
         if self.leaks not in get_args(Leaks):
-            raise UserError(f"data.leaks must be refuse or leave_out, not {self.leaks!r}")
+            raise UserError(f"leaks must be refuse or leave_out, not {self.leaks!r}")
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None

@@ -238,7 +238,7 @@ def with_choices(pairs: list[tuple[int, GraphQuestion]]) -> list[tuple[int, Grap
     for kind, answers in pools.items():
         if len(answers) < len(LETTERS):
             raise UserError(
-                f"data.drivelm_multiple_choice needs {len(LETTERS)} different answers to "
+                f"drivelm_multiple_choice needs {len(LETTERS)} different answers to "
                 f"{kind!r}, and the file has {len(answers)}"
             )
     ordered = {kind: sorted(answers) for kind, answers in pools.items()}
@@ -338,8 +338,7 @@ class DriveLMConfig(LanguageDataConfig):
         super().__post_init__()
         if not self.drivelm_topics or set(self.drivelm_topics) - set(TOPICS):
             raise UserError(
-                f"data.drivelm_topics must be some of {', '.join(TOPICS)}, not "
-                f"{self.drivelm_topics}"
+                f"drivelm_topics must be some of {', '.join(TOPICS)}, not {self.drivelm_topics}"
             )
 
     def build(
@@ -364,7 +363,7 @@ class DriveLMDataModule(LanguageDataModule):
             pairs = with_choices(pairs)
         chosen = [pair for pair in pairs if pair[1].topic in config.drivelm_topics]
         join.leave_out(
-            "its topic is not in data.drivelm_topics", str(path.name), len(pairs) - len(chosen)
+            "its topic is not in drivelm_topics", str(path.name), len(pairs) - len(chosen)
         )
         records, reports = self.part(chosen, split, join.report())
         if train and config.drivelm_multi_turn:

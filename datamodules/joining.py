@@ -77,6 +77,11 @@ class JoinReport:
         return "; ".join((f"{'/'.join(self.file.parts[-2:])}: {joined}", *left))
 
 
+def _typed(setting: str) -> str:
+    """How one types a setting of a data set, which does not know the stage it is read for."""
+    return f"data.<stage>.{setting} (data describe: {setting})"
+
+
 @cache
 def _say_once(brief: str) -> None:
     """Log what several stages would find out anew."""
@@ -178,7 +183,7 @@ class Join:
             if len(self.unfit) > self.allowed:
                 raise UserError(
                     f"{self.unfit[0]}; it is the first of {len(self.unfit)} record(s) so far that "
-                    f"do not fit, and data.broken_records allows {self.allowed}"
+                    f"do not fit, and {_typed('broken_records')} allows {self.allowed}"
                 ) from error
         log.warning("%s; it is left out", self.unfit[-1])
         self.records += 1
@@ -196,7 +201,7 @@ class Join:
             raise UserError(
                 f"{self.file}, {name}: a training record is about {scene.name}, a scene of the "
                 f"{scene.split} split of {self.index.root / self.index.version}; "
-                "data.leaks=leave_out trains without such records"
+                f"{_typed('leaks=leave_out')} trains without such records"
             )
 
     def scene(self, frame: int) -> SceneRecord:

@@ -43,27 +43,23 @@ class MixtureConfig(NuCaptionConfig, NuScenesQAConfig, NuXConfig, DriveLMConfig,
         super().__post_init__()
         unknown = [name for name in self.datasets if name not in DATASETS]
         if unknown or not self.datasets:
-            raise UserError(
-                f"data.datasets must be some of {', '.join(DATASETS)}, not {self.datasets}"
-            )
+            raise UserError(f"datasets must be some of {', '.join(DATASETS)}, not {self.datasets}")
         for name in ("weights", "samplings"):
             given = len(getattr(self, name))
             if given not in (0, len(self.datasets)):
                 raise UserError(
-                    f"data.{name} must be empty or have one entry for each of the "
-                    f"{len(self.datasets)} data.datasets, not {given}"
+                    f"{name} must be empty or have one entry for each of the "
+                    f"{len(self.datasets)} datasets, not {given}"
                 )
         if not all(0 < weight < inf for weight in self.weights):
             raise UserError(
-                f"data.weights must be numbers above 0, not {self.weights}; leave a data set out "
-                "of data.datasets to train without it"
+                f"weights must be numbers above 0, not {self.weights}; leave a data set out "
+                "of datasets to train without it"
             )
         if self.weights and not self.conversations_per_frame:
-            raise UserError(
-                "data.weights change nothing where data.conversations_per_frame is 0 (all)"
-            )
+            raise UserError("weights change nothing where conversations_per_frame is 0 (all)")
         for sampling in self.samplings:
-            check_sampling(sampling, "data.samplings")
+            check_sampling(sampling, "samplings")
 
     def build(
         self, tokenizer: Tokenises | None = None, dialect: Dialect | None = None

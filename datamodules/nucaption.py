@@ -109,7 +109,7 @@ class NuCaptionConfig(LanguageDataConfig):
         super().__post_init__()
         if self.nucaption_answer not in ANSWER_FIELDS:
             raise UserError(
-                f"data.nucaption_answer must be one of {', '.join(ANSWER_FIELDS)}, "
+                f"nucaption_answer must be one of {', '.join(ANSWER_FIELDS)}, "
                 f"not {self.nucaption_answer!r}"
             )
 

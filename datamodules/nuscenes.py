@@ -84,7 +84,7 @@ class NuScenesDataConfig:
                 raise UserError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         unknown = set(self.targets) - set(TARGETS)
         if unknown:
-            raise UserError(f"data.targets knows {', '.join(TARGETS)}, not {sorted(unknown)[0]!r}")
+            raise UserError(f"targets knows {', '.join(TARGETS)}, not {sorted(unknown)[0]!r}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"data.image_size must be (width, height), not {self.image_size}")
         if self.broken_images < 0:

@@ -206,8 +206,7 @@ class OmniDriveConfig(LanguageDataConfig):
         super().__post_init__()
         if not self.omnidrive_parts or set(self.omnidrive_parts) - set(PARTS):
             raise UserError(
-                f"data.omnidrive_parts must be some of {', '.join(PARTS)}, not "
-                f"{self.omnidrive_parts}"
+                f"omnidrive_parts must be some of {', '.join(PARTS)}, not {self.omnidrive_parts}"
             )
 
     def build(

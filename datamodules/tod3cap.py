@@ -85,7 +85,7 @@ class TOD3CapConfig(LanguageDataConfig):
         """
         super().__post_init__()
         if self.broken_captions < 0:
-            raise UserError(f"data.broken_captions must be 0 or more, not {self.broken_captions}")
+            raise UserError(f"broken_captions must be 0 or more, not {self.broken_captions}")
 
     def ensure_table(self, index: Index) -> Path:
         """The table of captions of a root, made if there is none that fits; see there."""

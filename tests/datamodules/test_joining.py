@@ -57,8 +57,11 @@ def test_training_records_of_evaluation_scenes_are_refused(circle_root, circles,
     train, val = circles.token("scene-0061", 0), circles.token("scene-0916", 4)
     _nux(tmp_path / "nux/Nu_X_train.json", [train, val])
     data = _data(circle_root, tmp_path)
-    with pytest.raises(UserError, match=rf"train\.json, {val}: .* about scene-0916, .* val split"):
+    with pytest.raises(
+        UserError, match=rf"train\.json, {val}: .* about scene-0916, .* val split"
+    ) as refused:
         data.source("train")
+    assert "data.<stage>.leaks=leave_out (data describe: leaks=leave_out)" in str(refused.value)
     data = _data(circle_root, tmp_path, leaks="leave_out")
     assert [c.sample_token for c in data.conversations("train")] == [train]
     assert _told(data.join_reports("train")[0]) == {OTHER.format("val"): (1, val)}

@@ -65,9 +65,9 @@ def test_random_parts_depend_on_the_seed_and_favour_nobody():
     ],
 )
 def test_strategies_that_are_none_are_named(sampling, message):
-    with pytest.raises(UserError, match=rf"data\.sampling .*{message}.*'{sampling}'"):
+    with pytest.raises(UserError, match=rf"sampling .*{message}.*'{sampling}'"):
         NuXConfig(sampling=sampling)
-    with pytest.raises(UserError, match=rf"data\.samplings .*{message}"):
+    with pytest.raises(UserError, match=rf"samplings .*{message}"):
         MixtureConfig(datasets=("nux",), samplings=(sampling,))
 
 

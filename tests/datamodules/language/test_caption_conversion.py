@@ -191,7 +191,7 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
     with pytest.raises(
         UserError,
         match=f"{own[2]}: field 'final_caption' is missing; it is the first of 1 record.* that do "
-        r"not fit, and data\.broken_captions .* allows 0",
+        r"not fit, and data\.<stage>\.broken_captions .* allows 0",
     ):
         ensure_table(captions, index)
     with pytest.raises(UserError, match=f"{own[2]}: .* the first of 2 record.* allows 1"):
@@ -229,7 +229,7 @@ def test_broken_records_are_left_out_counted_and_named(index, captions, caplog):
         return TOD3CapConfig(str(index.root), VERSION, **settings).build(None, Dialect())
 
     with pytest.raises(
-        UserError, match=r"the first of 4 record.* data\.broken_captions .* allows 3"
+        UserError, match=r"the first of 4 record.* data\.<stage>\.broken_captions .* allows 3"
     ):
         data(3).source("train")
     relaxed = data(4)
@@ -249,5 +249,5 @@ def test_broken_records_are_left_out_counted_and_named(index, captions, caplog):
     left = {one.meta["annotation_token"] for one in relaxed.conversations("train")}
     assert token not in left
     assert again in left  # the first of its captions counts
-    with pytest.raises(UserError, match=r"data\.broken_captions must be 0 or more, not -1"):
+    with pytest.raises(UserError, match=r"broken_captions must be 0 or more, not -1"):
         TOD3CapConfig(broken_captions=-1)
