@@ -27,16 +27,14 @@ log = logging.getLogger(__name__)
 MADE_FOR = "made_for.json"
 
 
-def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> ExperimentConfig:
-    """Settle on a data root: the given one, or a town inside it, made if it is not there.
-
-    The root's index is made, too, if there is none that fits.
+def settle_root(config: ExperimentConfig) -> ExperimentConfig:
+    """Settle on a data root: the given one, or a town inside it; nothing is made.
 
     Returns:
         The config with data.root set.
 
     Raises:
-        UserError: the given root holds no data of the version, and the experiment has no town.
+        UserError: the given root holds no data of the version, and the town is of another.
     """
     root = config.data.folder
     if root.is_file():
@@ -48,16 +46,30 @@ def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> Experime
                 f"{config.town.scenes} scenes would be {config.town.version}"
             )
         root = root / config.town.folder_name
-        if not (root / config.data.version).is_dir():
-            root.parent.mkdir(parents=True, exist_ok=True)
-            # Whoever comes second waits, and finds the town made.
-            with FileLock(root.with_name(f".{root.name}.lock")):
-                if not (root / config.data.version).is_dir():
-                    make_town_at(root, config.town, progress=progress)
+    return replace(config, data=replace(config.data, root=str(root)))
+
+
+def prepare_data(config: ExperimentConfig, *, progress: bool = True) -> ExperimentConfig:
+    """Settle on a data root; its town and its index are made if they are not there.
+
+    Returns:
+        The config with data.root set.
+
+    Raises:
+        UserError: the given root holds no data of the version, and the experiment has no town.
+    """
+    given, config = config.data.folder, settle_root(config)
+    root = config.data.folder
+    if root != given and config.town is not None and not (root / config.data.version).is_dir():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever comes second waits, and finds the town made.
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not (root / config.data.version).is_dir():
+                make_town_at(root, config.town, progress=progress)
     if not root.is_dir():
         raise UserError(f"the data root {root} does not exist")
     index_with_bar(root, config.data.version, progress=progress)
-    return replace(config, data=replace(config.data, root=str(root)))
+    return config
 
 
 def index_with_bar(

@@ -15,12 +15,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.handoff import CARD, fingerprint_of
 from experiments.initial_weights import identity
-from experiments.prepare import kept_tokenizer, prepare_data
+from experiments.prepare import kept_tokenizer, prepare_data, settle_root
 from experiments.schema import SPEED_SETTINGS, ExperimentConfig
 from experiments.sweeps.definition import ID_LENGTH, Point, Sweep, base_of, points_of, shared_run
 from odvla.config import config_hash, flat, to_tree
@@ -54,6 +55,7 @@ class SweepPlan:
     tasks: tuple[Task, ...]  # in an order that may be followed
     vocabularies: dict[str, Path]  # by point id
     fingerprints: dict[str, str]  # of the data, by point id
+    missing: tuple[Path, ...] = ()  # data roots that are not there yet (dry runs)
 
     def task(self, name: str) -> Task:
         """A task by its id.
@@ -107,8 +109,11 @@ def plan_sweep(
     data_root: str | None = None,
     *,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> SweepPlan:
     """Settle points, data, vocabularies and tasks; nothing is trained.
+
+    Data and vocabularies are made where they are not there.
 
     Args:
         sweep: what is declared.
@@ -117,6 +122,8 @@ def plan_sweep(
         overrides: of the base.
         data_root: instead of the base's; points have the same ids wherever it is.
         progress: show a bar where data must be made.
+        dry_run: make nothing. Where data is not there, its folder's name stands for it in the
+            hashes of tasks: they share what they will share, by other names.
 
     Raises:
         UserError: a point does not fit, or the folder holds another sweep of this name.
@@ -127,16 +134,19 @@ def plan_sweep(
         points = tuple(_moved(point, base.data.root, data_root) for point in points)
     folder = runs / sweep.name
     _check_unchanged(folder, sweep, base)
-    prepared = [
-        replace(point, config=prepare_data(point.config, progress=progress)) for point in points
-    ]
+    settle = settle_root if dry_run else partial(prepare_data, progress=progress)
+    prepared = [replace(point, config=settle(point.config)) for point in points]
     vocabularies: dict[str, Path] = {}
     tasks: dict[str, Task] = {}
     of_data = {point.config.data: fingerprint_of(point.config) for point in prepared}
+    missing = {data: data.folder for data in of_data if not (data.folder / data.version).is_dir()}
+    of_data |= {data: str(folder) for data, folder in missing.items()}
     fingerprints: dict[str, str] = {}
     for given, point in zip(points, prepared, strict=True):
         fingerprint = fingerprints[given.id] = of_data[point.config.data]
-        vocabulary = _vocabulary(point, shared_run(prepared), folder, fingerprint)
+        vocabulary = _vocabulary(
+            point, shared_run(prepared), folder, fingerprint, write=not dry_run
+        )
         # Of the point as given: what `prepare_data` settles is of this machine.
         vocabularies[given.id] = vocabulary
         _add_tasks(tasks, given, point, vocabulary.name, fingerprint)
@@ -149,6 +159,7 @@ def plan_sweep(
         tuple(tasks.values()),
         vocabularies,
         fingerprints,
+        tuple(dict.fromkeys(missing.values())),
     )
 
 
@@ -179,11 +190,13 @@ def _add_tasks(
     tasks[name] = Task(name, SCORE, given, (parent,))
 
 
-def _vocabulary(point: Point, run: tuple[str, ...], folder: Path, fingerprint: str) -> Path:
+def _vocabulary(
+    point: Point, run: tuple[str, ...], folder: Path, fingerprint: str, *, write: bool
+) -> Path:
     """A tokenizer's folder; points whose data, dialect and size agree have the same one.
 
-    It is made of the texts of all stages that the sweep runs, or points that run other stages could
-    not share what they have in common.
+    Where `write` is set, it is made: of the texts of all stages that the sweep runs, or points that
+    run other stages could not share what they have in common.
     """
     config = point.config
     stages = tuple(
@@ -193,7 +206,8 @@ def _vocabulary(point: Point, run: tuple[str, ...], folder: Path, fingerprint: s
     )
     parts = [to_tree(config.tokenizer), to_tree(config.dialect), stages, fingerprint]
     where = folder / f"vocabulary-{config_hash(parts)[:ID_LENGTH]}"
-    kept_tokenizer(replace(config, run=stages), where, fingerprint, write=True)
+    if write:
+        kept_tokenizer(replace(config, run=stages), where, fingerprint, write=True)
     return where
 
 

@@ -47,7 +47,7 @@ def add(verbs: Verbs) -> None:
     sweep.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="e.g. --sbatch=--mem=32G"
     )
-    sweep.add_argument("--dry-run", action="store_true", help="show points and tasks, do nothing")
+    sweep.add_argument("--dry-run", action="store_true", help="show points and tasks, make nothing")
     task = add_verb(
         verbs,
         "sweep-task",
@@ -74,9 +74,14 @@ def run_sweep(options: argparse.Namespace) -> int:
     quiet_libraries()
     console = Console(highlight=False)
     _check_launcher(options)
-    plan = _plan(options)
+    plan = _plan(options, dry_run=options.dry_run)
     if options.dry_run:
         console.print(_overview(plan))
+        for folder in plan.missing:
+            console.print(
+                f"{folder} does not hold the data yet: names of tasks will be others",
+                soft_wrap=True,
+            )
         return EXIT_OK
     validate(plan)
     base = base_of(plan.sweep, plan.overrides)
@@ -135,14 +140,16 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add_places(parser)
 
 
-def _plan(options: argparse.Namespace) -> SweepPlan:
+def _plan(options: argparse.Namespace, *, dry_run: bool = False) -> SweepPlan:
     from experiments.find import find_sweep
     from experiments.sweeps.graph import plan_sweep
 
     sweep = find_sweep(options.sweep)
     if options.seeds:
         sweep = replace(sweep, seeds=tuple(options.seeds))
-    return plan_sweep(sweep, options.sweep, runs_of(options), options.overrides, options.data)
+    return plan_sweep(
+        sweep, options.sweep, runs_of(options), options.overrides, options.data, dry_run=dry_run
+    )
 
 
 def _check_launcher(options: argparse.Namespace) -> None:

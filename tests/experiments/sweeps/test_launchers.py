@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,22 @@ def test_points_are_the_same_wherever_their_data_lies(declared, town_root, tmp_p
     assert plans[0].tasks[-1].id == plans[1].tasks[-1].id
     assert [point.id for point in plans[0].points] == [point.id for point in plans[1].points]
     assert [point.config.data.root for point in plans[0].points] == ["there", str(town_root)]
+
+
+def test_a_dry_run_makes_nothing_and_names_tasks_as_the_sweep_does(declared, town_root, capsys):
+    from experiments.find import find_sweep
+
+    assert sweep("planning_steps", town_root, "--dry-run") == 0
+    assert "does not hold the data yet" not in capsys.readouterr().out
+    assert main(["sweep", "stages_table", "--data", "nowhere", "--dry-run"]) == 0
+    assert re.search(r"nowhere/\S+ does not hold the data yet", capsys.readouterr().out)
+    assert {path.name for path in declared.iterdir()} <= {"my_sweeps.py", "__pycache__"}
+    name = "my_sweeps:planning_steps"
+    dry, real = (
+        plan_sweep(find_sweep(name), name, Path("runs"), data_root=str(town_root), dry_run=dry)
+        for dry in (True, False)
+    )
+    assert (dry.tasks, dry.vocabularies, dry.missing) == (real.tasks, real.vocabularies, ())
 
 
 def test_another_base_is_refused_in_the_same_folder(declared, town_root, capsys):
