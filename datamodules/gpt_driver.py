@@ -7,7 +7,7 @@ by gpt_driver_lines.py.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,6 @@ class Driven:
         )
         numbers = np.concatenate(told).astype(np.float64)
         return Fingerprint(numbers, int(self.fields[COMMAND].argmax()))
-
-
-def read_cache(join: Join) -> list[tuple[int, Driven]]:
-    """Key-frame number and cached fields of every joined record, in the order of the file.
-
-    Raises:
-        UserError: see `cached_infos`.
-    """
-    return joined(join, cached_infos(join))
 
 
 def joined(join: Join, infos: Mapping[str, Driven]) -> list[tuple[int, Driven]]:
@@ -376,11 +367,3 @@ class GPTDriverDataModule(LanguageDataModule):
         self._sources = {
             split: replace(self.plans(split), dialect=self.dialect) for split in self._sources
         }
-
-    def cached_egos(self, split: str) -> Iterator[tuple[str, EgoState]]:
-        """Sample token and cached ego state of every key-frame of a split."""
-        source = self.plans(split)
-        for scene in self.scenes(split):
-            for number in range(scene.first, scene.last):
-                if number in source.records:
-                    yield self.index.frames[number].token, source.records[number][0].ego()

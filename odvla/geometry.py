@@ -27,15 +27,6 @@ def rotation_2d(yaw: Tensor) -> Tensor:
     return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
 
-def planar_pose(x: Tensor, y: Tensor, yaw: Tensor) -> Tensor:
-    """Transforms [..., 4, 4] of a body at (x, y) turned by yaw, from its frame to the outer one."""
-    pose = torch.eye(4, dtype=yaw.dtype, device=yaw.device).repeat(*yaw.shape, 1, 1)
-    pose[..., :2, :2] = rotation_2d(yaw)
-    pose[..., 0, 3] = x
-    pose[..., 1, 3] = y
-    return pose
-
-
 def invert_rigid(transform: Tensor) -> Tensor:
     """Inverse of rigid transforms [..., 4, 4]; exact, without a solver."""
     rotation = transform[..., :3, :3].transpose(-1, -2)

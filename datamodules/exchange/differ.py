@@ -146,7 +146,7 @@ class _FieldTally:
 
     def __init__(self, file: ForeignFile, tolerance: float) -> None:
         self.form, self.tolerance = file.format, tolerance
-        self.by_name = _fields_by_name(file.format.fields) if file.format.nested else {}
+        self.by_name = _fields_by_name() if file.format.nested else {}
         self.by_name |= {field.name: field for field in file.format.fields}
         self.found: dict[str, list[tuple[float, str]]] = {}
         self.shapes: dict[str, int] = {}
@@ -208,7 +208,7 @@ class _FieldTally:
         return field is not None and field.kind != "numbers"
 
 
-def _fields_by_name(fields: Iterable[Field]) -> dict[str, Field]:
+def _fields_by_name() -> dict[str, Field]:
     """Fields of cameras and sweeps by their flat names."""
     found = {f"cams.{name}.{field.name}": field for name in CAMERAS for field in CAMERA}
     return found | {f"sweeps.{field.name}": field for field in SENSOR}

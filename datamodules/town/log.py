@@ -34,7 +34,6 @@ class Lane:
     successors: tuple[int, ...]
     left_neighbour: int | None = None  # same direction
     right_neighbour: int | None = None
-    speed_limit_mps: float = 10.0
     stop_line: int | None = None  # id of the stop line at its end
 
 

@@ -185,9 +185,7 @@ class _MapBuilder:
                     ids.append(len(self.lanes))
                     offset = -(k + 0.5) * LANE_WIDTH_M
                     centre = resample(shifted(line, offset), 1.0)
-                    self.lanes.append(
-                        Lane(ids[-1], centre, LANE_WIDTH_M, False, (), speed_limit_mps=10.5)
-                    )
+                    self.lanes.append(Lane(ids[-1], centre, LANE_WIDTH_M, False, ()))
                     if k:
                         self.lane_dividers.append(shifted(line, -k * LANE_WIDTH_M))
                 self.of_street[number, onward] = ids
@@ -269,7 +267,6 @@ class _MapBuilder:
                 width_m=LANE_WIDTH_M,
                 is_connector=True,
                 successors=(target,),
-                speed_limit_mps=9.0,
             )
             self.lanes.append(lane)
             before = self.lanes[source]
@@ -283,7 +280,7 @@ class _MapBuilder:
         # The crossing lies just inside the street, the stop line a step before it.
         at = 3.0 if leaves else length - 3.0
         self._add_crossing(street, at)
-        light = self._add_light(street, leaves, incoming, turn, arms)
+        light = self._add_light(street, leaves, turn, arms)
         toward = street.centre[::-1] if leaves else street.centre  # in driving direction
         end = toward[: len(toward) - 6]
         half = street.lanes * LANE_WIDTH_M
@@ -299,9 +296,7 @@ class _MapBuilder:
         for lane in incoming:
             self.lanes[lane] = replace(self.lanes[lane], stop_line=line.id)
 
-    def _add_light(
-        self, street: Street, leaves: bool, incoming: list[int], turn: int, arms: int
-    ) -> int:
+    def _add_light(self, street: Street, leaves: bool, turn: int, arms: int) -> int:
         """A light on the right kerb at the junction's edge, green in its own turn only."""
         toward = street.centre[::-1] if leaves else street.centre
         yaw = headings(toward)[-1]

@@ -17,7 +17,7 @@ base that the others are compared with.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -234,9 +234,3 @@ def _keys_changed(axis: Axis, base: ExperimentConfig) -> set[str]:
 def _differing(first: ExperimentConfig, second: ExperimentConfig) -> set[str]:
     a, b = flat(first), flat(second)
     return {key for key in {*a, *b} if a.get(key) != b.get(key)}
-
-
-def label_rows(points: Sequence[Point]) -> Iterator[tuple[tuple[str, ...], list[Point]]]:
-    """Points grouped by their labels: the seeds of one experiment together."""
-    for labels, group in itertools.groupby(points, key=lambda point: point.labels):
-        yield labels, list(group)

@@ -34,9 +34,4 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
 
-def in_memory(tensor: Tensor) -> StoredTensor:
-    """A tensor that needs no reading."""
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
 Stored = Mapping[str, StoredTensor]

@@ -7,15 +7,13 @@ is `(UN,UN)`. A PlanForm may write fewer decimals, motion instead of points, or 
 instead of digits.
 
 Reading is strict: anything but one such text is a ParseFailure, to be counted. `reference_repair`
-is the released code's lenient way, for scoring texts that other programs wrote; `read_plans` reads
-many texts by either policy and counts what could not be read.
+is the released code's lenient way, for scoring texts that other programs wrote.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -31,7 +29,6 @@ TRAJ_START, TRAJ_END = "<traj_start>", "<traj_end>"
 UNKNOWN = "UN"
 DECIMALS = 2
 PlanValues = Literal["points", "offsets", "changes", "tokens"]
-ParsePolicy = Literal["strict", "reference"]
 
 _PLAN = re.compile(re.escape(TRAJ_START) + r"\[(.*)\]" + re.escape(TRAJ_END))
 _FUTURE = re.compile(r"\[(.*)\]")
@@ -320,38 +317,3 @@ def reference_repair(text: str) -> Waypoints | ParseFailure:
         return ParseFailure("no pair of numbers", "IndexError")
     pairs = (pairs + [pairs[-1]] * WAYPOINTS)[:WAYPOINTS]
     return Waypoints(np.array(pairs), np.ones(WAYPOINTS, dtype=bool))
-
-
-@dataclass(frozen=True)
-class ReadPlans:
-    """Plans read from texts."""
-
-    plans: tuple[Waypoints | None, ...]  # None: could not be read
-    failures: Mapping[str, int]  # how many texts could not be read, by reason
-    policy: ParsePolicy
-
-    @property
-    def failed(self) -> int:
-        """Texts that could not be read."""
-        return sum(self.failures.values())
-
-
-def read_plans(texts: Sequence[str], policy: ParsePolicy = "strict") -> ReadPlans:
-    """Read texts that some program wrote in answer to requests for plans, and count failures.
-
-    Args:
-        texts: one a sample, plans as points with two decimals.
-        policy: "strict" takes well-formed plans alone; "reference" mends as the released code does.
-
-    Raises:
-        UserError: there is no such policy.
-    """
-    readers = {"strict": parse_waypoints, "reference": reference_repair}
-    if policy not in readers:
-        raise UserError(f"plans are read by the policy strict or reference, not {policy!r}")
-    found = [readers[policy](text) for text in texts]
-    return ReadPlans(
-        tuple(plan if isinstance(plan, Waypoints) else None for plan in found),
-        Counter(plan.reason for plan in found if isinstance(plan, ParseFailure)),
-        policy,
-    )

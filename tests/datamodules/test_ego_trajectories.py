@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from datamodules.ego_state import command_of, future_positions, past_positions
 from datamodules.ego_trajectories import cached_trajectories, mixed_up_yaw, planning_label
-from datamodules.gpt_driver import read_cache
+from datamodules.gpt_driver import cached_infos, joined
 from datamodules.index_file import load_index
 from datamodules.joining import Join
 from datamodules.poses import rigid
@@ -166,7 +166,8 @@ def test_the_towns_cache_is_the_cached_form(town_root):
     version = next(p.name for p in town_root.glob("v1.0-*"))
     index = load_index(town_root, version)
     path = town_root / "language" / "gpt_driver" / "cached_nuscenes_info.pkl"
-    records = dict(read_cache(Join.whole(path, index)))
+    join = Join.whole(path, index)
+    records = dict(joined(join, cached_infos(join)))
     assert len(records) == len(index.frames)
     for frame in index.frames:
         fields = records[frame.number].fields

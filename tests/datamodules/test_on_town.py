@@ -6,7 +6,7 @@ import torch
 from nuscenes.nuscenes import NuScenes
 
 from datamodules.alignment import AlignmentConfig
-from datamodules.gpt_driver import GPTDriverConfig, read_cache
+from datamodules.gpt_driver import GPTDriverConfig, cached_infos, joined
 from datamodules.index_file import load_index
 from datamodules.joining import Join
 from datamodules.mixture import MixtureConfig
@@ -43,7 +43,8 @@ def test_cached_plans_agree_with_the_poses(town_root, version, index):
     """Two ways to the same numbers: GPT-Driver's cache, and the tables."""
     data = GPTDriverConfig(str(town_root), version).build(dialect=Dialect("compact"))
     folder = data.config.language_folder
-    cached = dict(read_cache(Join.whole(folder / data.config.cache_file, index)))
+    join = Join.whole(folder / data.config.cache_file, index)
+    cached = dict(joined(join, cached_infos(join)))
     assert len(cached) == len(index.frames)
     for split in ("train", "val"):
         for frame in data.evaluation_frames(split):

@@ -48,7 +48,9 @@ def test_relative_transform_keeps_millimetres_far_from_the_origin() -> None:
 
 def test_a_box_in_another_frame_is_the_same_box_in_the_world() -> None:
     yaw = torch.tensor([0.7])
-    to_new = geometry.planar_pose(torch.tensor([3.0]), torch.tensor([-2.0]), yaw)
+    to_new = torch.eye(4)[None]
+    to_new[:, :2, :2] = geometry.rotation_2d(yaw)
+    to_new[:, :2, 3] = torch.tensor([3.0, -2.0])
     box = torch.tensor([[[5.0, 1.0, 0.3, 2.0, 4.0, 1.5, 3.0, 6.0, -1.0]]])
     moved = geometry.transform_boxes(to_new, box)[0, 0]
     c, s = math.cos(0.7), math.sin(0.7)

@@ -204,7 +204,7 @@ def test_only_whole_futures_and_cached_egos(root, build):
     assert len(list(data.conversations("val"))) == 13
     conversation = next(data.conversations("train"))
     assert conversation.meta["command"] == "turn right"  # the cache says so, the poses do not
-    _, ego = next(data.cached_egos("train"))
+    ego = next(iter(data.plans("train").records.values()))[0].ego()
     np.testing.assert_array_equal(ego.velocity[0], [0, 1])
     assert (ego.yaw_rate.item(), ego.heading_speed.item(), ego.steering.item()) == (4, 7, 8)
 

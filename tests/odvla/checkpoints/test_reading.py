@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from odvla.checkpoints import reading
 from odvla.checkpoints.reading import open_checkpoint
-from odvla.checkpoints.stored import in_memory
+from odvla.checkpoints.stored import StoredTensor
 from odvla.checkpoints.writing import write_folder, write_safetensors
 from odvla.errors import UserError
 
@@ -24,7 +24,10 @@ TENSORS = {
 
 
 def stored(tensors):
-    return {name: in_memory(tensor) for name, tensor in tensors.items()}
+    return {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    }
 
 
 def values(checkpoint):

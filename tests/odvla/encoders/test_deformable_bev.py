@@ -52,11 +52,18 @@ def test_rows_and_columns_may_differ_and_images_have_any_size() -> None:
     assert [tuple(level.shape[3:]) for level in features.levels] == [(13, 25), (7, 13)]
 
 
+def pose_at(x: float, y: float, yaw: float) -> torch.Tensor:
+    """From the frame [1, 4, 4] of a car at (x, y), turned by yaw, to the world."""
+    pose = torch.eye(4, dtype=torch.float64)[None]
+    pose[:, :2, :2] = geometry.rotation_2d(torch.tensor([yaw], dtype=torch.float64))
+    pose[:, :2, 3] = torch.tensor([x, y], dtype=torch.float64)
+    return pose
+
+
 def test_a_thing_in_the_world_stays_put_when_the_car_moves() -> None:
     """A smooth field of the world, seen before the motion and read back after it."""
     grid = BevGrid(-32.0, -32.0, 1.0, 64, 64)
-    before = geometry.planar_pose(*torch.tensor([[1000.0], [500.0], [0.3]]).double())
-    now = geometry.planar_pose(*torch.tensor([[1003.0], [504.0], [0.5]]).double())
+    before, now = pose_at(1000.0, 500.0, 0.3), pose_at(1003.0, 504.0, 0.5)
 
     def field(pose: torch.Tensor) -> torch.Tensor:
         """exp(-distance^2) to a tree at (1010, 505), at every cell of a BEV with this pose."""
@@ -81,10 +88,7 @@ def test_temporal_attention_starts_by_reading_both_bevs_on_the_spot() -> None:
     torch.nn.init.zeros_(attention.value.bias)
     torch.nn.init.zeros_(attention.out.bias)
     now, before = torch.randn(2, 1, 16, 16, 16).unbind(0)
-    pose = geometry.planar_pose(*torch.zeros(3, 1).double())
-    ahead = geometry.planar_pose(
-        torch.zeros(1).double(), torch.tensor([4.0]).double(), pose[:, 0, 1]
-    )
+    pose, ahead = pose_at(0.0, 0.0, 0.0), pose_at(0.0, 4.0, 0.0)
     where = torch.stack(
         [places_before(config.grid, pose, pose), places_before(config.grid, ahead, pose)], 2
     )

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from odvla.errors import UserError
 from odvla.language.waypoints import (
     ParseFailure,
     PlanForm,
@@ -17,7 +16,6 @@ from odvla.language.waypoints import (
     format_waypoints,
     parse_future,
     parse_waypoints,
-    read_plans,
     reference_repair,
 )
 
@@ -115,20 +113,6 @@ def test_the_lenient_reader_is_the_reference_on_every_recorded_text(shared):
         else:
             assert isinstance(read, ParseFailure), case
             assert read.exception == case["exception"], case
-
-
-def test_failures_are_counted_by_either_policy():
-    texts = [GOOD, GOOD[:-1], "no plan", "(1.0,-)"]
-    strict, lenient = read_plans(texts), read_plans(texts, "reference")
-    assert (strict.failed, strict.policy) == (3, "strict")
-    assert [plan is not None for plan in strict.plans] == [True, False, False, False]
-    assert strict.failures == {"not of the form <traj_start>[...]<traj_end>": 3}
-    assert [plan is not None for plan in lenient.plans] == [True, True, False, False]
-    assert lenient.failures == {"no pair of numbers": 1, "a number is malformed": 1}
-    assert np.array_equal(lenient.plans[0].xy, strict.plans[0].xy)
-    assert read_plans([]).failed == 0
-    with pytest.raises(UserError, match="strict or reference, not 'kind'"):
-        read_plans(texts, "kind")
 
 
 @given(PLANS)
