@@ -100,7 +100,7 @@ def test_nothing_grows_with_the_epochs(town_root):
             after.append(tracemalloc.get_traced_memory()[0] / 2**20)
     finally:
         tracemalloc.stop()
-    # The first epoch fills what is remembered once: map arrays, calibrations. Threads of other tests
+    # The first epoch fills what is remembered once: map arrays, calibrations. Other tests' threads
     # may hold some kB more; the images of samples that stay would be 7 MB.
     assert after[3] - after[1] < 0.5, after
 
