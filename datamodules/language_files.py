@@ -1,4 +1,4 @@
-"""Reading of language data files: every record is checked, and what does not fit is named."""
+"""Reading of JSON files of records: every record is checked, and what does not fit is named."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _opened(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:  # a mark of the byte order is no content
             yield file
     except FileNotFoundError as error:
-        raise UserError(f"language file {path} does not exist") from error
+        raise UserError(f"file {path} does not exist") from error
     except OSError as error:
-        raise UserError(f"language file {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"language file {path} is not text in UTF-8: {error}") from error
+        raise UserError(f"file {path} is not text in UTF-8: {error}") from error
 
 
 def _content(text: str, place: Path | str) -> Any:
@@ -60,7 +60,7 @@ def _content(text: str, place: Path | str) -> Any:
     except UserError:
         raise
     except NOT_JSON as error:
-        raise UserError(f"language file {place} is not JSON: {error}") from error
+        raise UserError(f"file {place} is not JSON: {error}") from error
 
 
 def _object(place: Path | str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _object(place: Path | str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         keys = [key for key, _ in pairs]
         doubled = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"language file {place}: an object has the key {doubled!r} twice")
+        raise UserError(f"file {place}: an object has the key {doubled!r} twice")
     return members
 
 

@@ -199,7 +199,7 @@ def broken_chains(tables: Records, folder: Path) -> Iterator[str]:
     for scene in tables["scene"]:
         name, token, before = scene.get("name"), scene.get("first_sample_token", ""), None
         first = len(reached)
-        while token in samples:
+        while isinstance(token, str) and token in samples:
             sample = samples[token]
             if token in reached or sample.get("scene_token") != scene["token"]:
                 yield f"sample {token} does not belong where the chain of {name} has it"

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.language_files import read_json_lines
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.baselines import EgoMLPConfig
 from experiments.planning_evaluation import MODEL, evaluate_planning
 from experiments.report import Report, ResultTable
 from experiments.score_drivelm import evaluate_drivelm
 from experiments.score_omnidrive import evaluate_omnidrive_plans
-from experiments.submissions import json_lines
 from odvla.errors import UserError
 from odvla.metrics.captions import score_captions, score_nux, start_meteor
 from odvla.metrics.forecasting import score_by_class, score_forecasts
@@ -48,7 +48,7 @@ def read_predictions(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"there are no predictions at {path}; run the stage first")
-    return list(json_lines(path, path.read_text(encoding="utf-8")))
+    return [record for _, record in read_json_lines(path)]
 
 
 def evaluate_language(

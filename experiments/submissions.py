@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,24 +27,15 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.array_pickles import load_arrays
-from datamodules.language_files import NOT_JSON
+from datamodules.language_files import NOT_JSON, read_json_lines
+from experiments.own_records import Record, check_answers, kind_beside_plans
 from odvla.errors import UserError
 from odvla.language.omnidrive_plan import MARK as REAR_AXLE_PLAN
-from stages.plan_ablations import KIND_OF
 
 Kind = Literal["plans", "language", "detection", "tracking", "object_captions"]
-Record = dict[str, Any]
 TRAJECTORY = "_trajectory"
 PLAN_ASKED = "planning trajectory"  # in OmniDrive's request for a plan
 SHOWN = 3  # tokens that a sentence names
-# Kinds of our own records.
-ANSWERS = (
-    *("qa", "caption", "caption_object", "caption_map", "caption_scene", "narration"),
-    *("drivelm", "omnidrive", "omnidrive_plan"),
-)
-KINDS = ("plan", *KIND_OF.values(), *ANSWERS, "agent", "detection", "map")
-# One of these is in every answer that names no kind.
-SAID = {"question", "answer", "text", "prediction", "pred", "caption", "narration", "reasoning"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ def read_submission(path: Path) -> Submission:
     text = _text(path)
     content = _whole_json(path, text)
     if content is None:
-        return _from_records(path, list(json_lines(path, text)))
+        return _from_records(path, [record for _, record in read_json_lines(path)])
     if isinstance(content, dict) and {"meta", "results"} <= set(content):
         return _from_nuscenes(path, content["results"])
     if isinstance(content, dict) and isinstance(content.get("results"), list):
@@ -213,23 +204,6 @@ def _whole_json(path: Path, text: str) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def json_lines(path: Path, text: str) -> Iterator[Any]:
-    """Content of every line of JSON lines; empty ones hold nothing.
-
-    A text within a line may hold any character but a line feed, also those at which
-    `str.splitlines` cuts.
-
-    Raises:
-        UserError: a line is not JSON.
-    """
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except NOT_JSON as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-
-
 def _from_pickle(path: Path) -> Submission:
     content = load_arrays(path)
     if not isinstance(content, dict):
@@ -279,7 +253,7 @@ def _from_records(path: Path, records: Any) -> Submission:
     if not plans:
         return _language(path, [_told_plan(record) for record in records])
     others = Counter(
-        _kind_beside_plans(record, f"record {number} of {path}")
+        kind_beside_plans(record, f"record {number} of {path}")
         for number, record in enumerate(records)
         if not _is_plan(record)
     )
@@ -292,63 +266,10 @@ def _from_records(path: Path, records: Any) -> Submission:
     return replace(_plans(path, pairs), beside=dict(others))
 
 
-def _kind_beside_plans(record: Record, where: str) -> str:
-    """What a record is that is no plan."""
-    kind = record.get("kind", "answer" if SAID & set(record) else None)
-    if kind not in (*KINDS, "answer"):
-        told = f"kind {kind!r}" if "kind" in record else ", ".join(record) or "no field"
-        raise UserError(f"{where} is neither a plan nor of another known kind: it has {told}")
-    return str(kind)
-
-
 def _language(path: Path, records: list[Record]) -> Submission:
     """Answers and captions; those that bring their references are whole, and there once."""
-    first: dict[tuple[str, ...], int] = {}
-    for number, record in enumerate(records):
-        own, where = "text" in record and "reference" in record, f"record {number} of {path}"
-        if "reference" in record and not isinstance(record.get("meta", {}), dict):
-            raise UserError(f"{where}: field 'meta' must be an object, not {record['meta']!r}")
-        if own or record.get("kind") in ("omnidrive", "omnidrive_plan"):
-            _check_own(record, where)
-        # Plans and answers beside a file that come twice are counted where they are scored.
-        if own and record["reference"] and record["kind"] != "omnidrive_plan":
-            key = tuple(str(record.get(k, "")) for k in ("kind", "sample_token", "id", "question"))
-            if first.setdefault(key, number) != number:
-                raise UserError(
-                    f"{where} answers what record {first[key]} does: sample {key[1]}, question "
-                    f"{key[3]!r} ({key[0]}); an 'id' would tell them apart"
-                )
+    check_answers(records, path)
     return Submission(path, "language", records=records)
-
-
-def _check_own(record: Record, where: str) -> None:
-    """Stop where one of our records lacks what it is scored by."""
-    kind, meta, reference = record.get("kind"), record.get("meta", {}), record.get("reference")
-    if kind not in ANSWERS:
-        raise UserError(
-            f"{where} has a text and a reference, so its 'kind' must be one of "
-            f"{', '.join(ANSWERS)}, not {kind!r}"
-        )
-    texts = {name: record.get(name) for name in ("sample_token", "text")}
-    numbers: dict[str, list[Any]] = {}
-    if reference is not None:  # null and "": held back
-        texts["reference"] = reference
-    elif kind == "omnidrive":  # its file is asked
-        texts["question"] = record.get("question")
-    if reference and kind == "qa":
-        texts["meta.template_type"] = meta.get("template_type")
-        numbers["meta.num_hop"] = [meta.get("num_hop")]
-    if reference and kind == "drivelm" and meta.get("tags"):
-        texts["id"] = record.get("id")
-        texts |= {f"meta.{name}": meta.get(name) for name in ("question", "number", "tags")}
-        numbers |= {"meta.number": [meta.get("number")], "meta.tags": str(meta["tags"]).split()}
-    for name, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{where}: field {name!r} must be a text, not {value!r}")
-    for name, values in numbers.items():
-        for value in values:
-            if not str(value).isdecimal():
-                raise UserError(f"{where}: field {name!r} must be of digits, not {value!r}")
 
 
 def _from_tokens(path: Path, content: Mapping[str, Any]) -> Submission:

@@ -202,7 +202,7 @@ def test_damage_is_named(tmp_path, name):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(UserError, match=r"language file .*train\.json does not exist"):
+    with pytest.raises(UserError, match=r"file .*train\.json does not exist"):
         list(read_lines(tmp_path / "train.json"))
     (tmp_path / "train.json").write_bytes(b'{"messages": "\xff"}')
     with pytest.raises(UserError, match="is not text in UTF-8"):

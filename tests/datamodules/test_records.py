@@ -94,6 +94,15 @@ def test_chains_of_the_real_mini_version_hold(shared):
     assert list(broken_chains(tables, folder)) == []
 
 
+def test_a_chain_ends_at_what_is_no_token(tmp_path):
+    sample = {"token": "a", "scene_token": "s", "prev": "", "next": [], "timestamp": 0}
+    scene = {"token": "s", "name": "scene-0001", "first_sample_token": "a", "nbr_samples": 2}
+    tables = {"sample": [sample], "scene": [scene | {"last_sample_token": "b"}]}
+    ends, counts = broken_chains(tables, tmp_path)
+    assert "ends with sample a" in ends
+    assert "should have 2 key-frames, 1 are linked" in counts
+
+
 def test_values_of_the_real_mini_version_fit(shared):
     folder = shared / "data" / "nuscenes-mini-tables" / "v1.0-mini"
     tables = {path.stem: list(stream_records(path)) for path in sorted(folder.glob("*.json"))}

@@ -143,7 +143,7 @@ def test_broken_prediction_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no predictions at"):
         read_predictions(tmp_path / "predictions.jsonl")
     (tmp_path / "predictions.jsonl").write_text('{"a": 1}\n{"b"\n')
-    with pytest.raises(UserError, match=r"line 2 of .*predictions\.jsonl is not JSON"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl, line 2 is not JSON"):
         read_predictions(tmp_path / "predictions.jsonl")
 
 
