@@ -48,8 +48,8 @@ def uniad_town() -> ExperimentConfig:
     """Stage 0 of the full-fidelity tower (ResNet, BEVFormer, tracks, map), small, on a town.
 
     Queries alone, on the encoder that `fit bevformer_town` leaves (with --runs, name its stage 0 in
-    init.weights): UniAD starts from a BEVFormer that detects, too. Half an hour on two slow cores;
-    what comes of it stands in docs/stages.md.
+    init.weights): UniAD starts from a BEVFormer that detects, too. Forty processor minutes; what
+    comes of it stands in docs/stages.md.
     """
     size = (160, 90)
     runs = os.environ.get("ODVLA_RUNS", "runs")
