@@ -1,8 +1,12 @@
 """What several tests share."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -45,3 +49,84 @@ def town_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("town") / "root"
     return make_town(TownConfig(str(out), scenes=3, image_size=(96, 54), workers=1))
+
+
+# What these start has imported everything already, which takes a new process ten seconds.
+FORK = multiprocessing.get_context("fork")
+PATIENCE_S = 250
+
+
+class Ended(NamedTuple):
+    """How a process ended, and what it said."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """A function that runs another in a process of its own: `forked(work, *arguments, folder=F)`.
+
+    As with a script, its exit status is the number it returns, F is its folder and the first place
+    that it imports from.
+    """
+
+    def run(work: Callable[..., Any], *arguments: Any, folder: Path) -> Ended:
+        said = [tmp_path_factory.mktemp("said") / name for name in ("stdout", "stderr")]
+        process = FORK.Process(target=_as_a_script, args=(said, folder, work, *arguments))
+        process.start()
+        process.join(PATIENCE_S)
+        process.kill()  # nothing, where it has ended
+        process.join()
+        return Ended(process.exitcode, *(path.read_text() for path in said))
+
+    return run
+
+
+def _as_a_script(said: list[Path], folder: Path, work: Callable[..., Any], *arguments: Any) -> None:
+    sys.stdout, sys.stderr = (path.open("w", buffering=1) for path in said)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    code = work(*arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@pytest.fixture
+def in_processes() -> Callable[..., list[int | None]]:
+    """A function that runs work(rank, ...) in processes that know one another (gloo).
+
+    `in_processes(count, work, *arguments)` returns their exit codes. With `kill_the_rest`, the
+    first one that dies takes the others along, as torchrun has it.
+    """
+
+    def run(
+        count: int, work: Callable[..., None], *arguments: Any, kill_the_rest: bool = False
+    ) -> list[int | None]:
+        import torch
+
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+        started = [
+            FORK.Process(target=_joined, args=(rank, count, store.port, work, *arguments))
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        while kill_the_rest and all(process.is_alive() for process in started):
+            time.sleep(0.05)
+        for process in started:
+            if kill_the_rest:
+                process.kill()
+            process.join(PATIENCE_S)
+        return [process.exitcode for process in started]
+
+    return run
+
+
+def _joined(rank: int, count: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    import torch
+
+    store = torch.distributed.TCPStore("127.0.0.1", port)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    work(rank, *arguments)
+    torch.distributed.destroy_process_group()

@@ -1,13 +1,13 @@
 """What the documents show is executed."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+
+from experiments.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,46 +19,21 @@ def code_block(document: str) -> str:
     return found.group(1)
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-
-
-def test_an_encoder_in_one_new_file_trains_stage_1(tmp_path, town_root):
+def test_an_encoder_in_one_new_file_trains_stage_1(tmp_path, town_root, forked):
     (tmp_path / "my_encoder.py").write_text(code_block("plug-in-an-encoder.md"))
-    checked = run("my_encoder.py", folder=tmp_path)
+    checked = forked(runpy.run_path, "my_encoder.py", None, "__main__", folder=tmp_path)
     assert checked.returncode == 0, checked.stderr
-    trained = run(
-        str(ROOT / "lightning_app.py"),
-        "fit",
-        "my_encoder:patches",
-        "data.version=v1.0-trainval",
-        f"--data={town_root}",
-        f"--runs={tmp_path / 'runs'}",
-        folder=tmp_path,
-    )
+    settings = ["data.version=v1.0-trainval", f"--data={town_root}", "--runs=runs"]
+    trained = forked(main, ["fit", "my_encoder:patches", *settings], folder=tmp_path)
     assert trained.returncode == 0, trained.stderr[-2000:]
     card = json.loads((tmp_path / "runs" / "patches" / "alignment" / "card.json").read_text())
     assert card["stage"] == "alignment"
     assert (tmp_path / "runs" / "patches" / "alignment" / "vla.safetensors").is_file()
 
 
-def test_the_experiment_of_the_document_is_an_experiment(tmp_path):
+def test_the_experiment_of_the_document_is_an_experiment(tmp_path, forked):
     (tmp_path / "my_experiments.py").write_text(code_block("add-an-experiment.md"))
-    shown = run(
-        str(ROOT / "lightning_app.py"),
-        "show",
-        "my_experiments:tiny_blind_to_maps",
-        folder=tmp_path,
-    )
+    shown = forked(main, ["show", "my_experiments:tiny_blind_to_maps"], folder=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "name: tiny_blind_to_maps" in shown.stdout
 

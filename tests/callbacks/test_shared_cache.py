@@ -9,7 +9,6 @@ from dataclasses import replace
 import lightning
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import Progress
 from safetensors import safe_open
@@ -71,35 +70,6 @@ def opened(config, tokenizer, folder, past, progress=False):
     return FeatureCache.open(settings, vla.eval(), data, CPU)
 
 
-def in_processes(count, work, *arguments, kill_the_rest=False):
-    """Run work(rank, ...) in processes that know one another; their exit codes.
-
-    With `kill_the_rest`, the first one that dies takes the others along, as torchrun has it.
-    """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    context = mp.get_context("fork")
-    started = [
-        context.Process(target=joined, args=(rank, count, store.port, work, *arguments))
-        for rank in range(count)
-    ]
-    for process in started:
-        process.start()
-    while kill_the_rest and all(process.is_alive() for process in started):
-        time.sleep(0.05)
-    for process in started:
-        if kill_the_rest:
-            process.kill()
-        process.join(120)
-    return [process.exitcode for process in started]
-
-
-def joined(rank, count, port, work, *arguments):
-    store = torch.distributed.TCPStore("127.0.0.1", port)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
-    work(rank, *arguments)
-    torch.distributed.destroy_process_group()
-
-
 def assert_same(folder, alone):
     """Every key-frame lies in the folder once, as one process made it."""
     held = Counter()
@@ -143,7 +113,7 @@ def fill(rank, config, tokenizer, folder, past, told):
 
 
 @pytest.mark.parametrize("past", ["clip", "scene"])
-def test_two_processes_make_what_one_makes(config, tokenizer, tmp_path, alone, past):
+def test_two_processes_make_what_one_makes(config, tokenizer, tmp_path, alone, past, in_processes):
     told = tmp_path / "told"
     told.mkdir()
     assert in_processes(2, fill, config, tokenizer, tmp_path, past, told) == [0, 0]
@@ -172,7 +142,7 @@ def fill_and_die(rank, config, tokenizer, folder, past, dying, after):
 
 @pytest.mark.parametrize(("past", "after"), [("clip", 2), ("scene", 20)])
 def test_another_number_of_processes_goes_on_after_a_kill(
-    config, tokenizer, tmp_path, alone, past, after
+    config, tokenizer, tmp_path, alone, past, after, in_processes
 ):
     folder, frames = tmp_path / alone[past].shards.folder.name, len(alone[past].frames())
     for count, dying in ((2, 1), (3, 0)):
@@ -250,7 +220,7 @@ def fail_in_the_second(rank, told):
         (told / str(rank)).write_text(f"{error}; {done}")
 
 
-def test_what_one_process_cannot_do_all_say(tmp_path):
+def test_what_one_process_cannot_do_all_say(tmp_path, in_processes):
     assert in_processes(3, fail_in_the_second, tmp_path) == [0, 0, 0]
     said = [(tmp_path / rank).read_text().split("; ") for rank in "012"]
     assert [sentence for sentence, _ in said] == ["the image a.jpg is broken"] * 3

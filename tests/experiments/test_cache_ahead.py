@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from experiments.cache_ahead import cache_ahead, caching_stages
@@ -19,7 +18,6 @@ from experiments.stage_run import FEATURES
 from experiments.tiny import smoke, tiny
 from odvla.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 SIZES = (
     "town=null",
     "data.image_size=[64,36]",
@@ -104,24 +102,20 @@ def tokens_in(runs):
     return found
 
 
-def test_torchrun_shares_out_what_one_process_makes(arguments, tmp_path):
+def as_torchrun_starts_it(rank, arguments, told):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "a", "RANK": str(rank), "WORLD_SIZE": "2"}
+    rank_zero_only.rank = rank  # as Lightning finds it in the environment when it is imported
+    with (told / str(rank)).open("w") as out, redirect_stdout(out):
+        assert main(arguments) == 0
+
+
+def test_processes_of_torchrun_share_out_what_one_makes(arguments, tmp_path, in_processes):
     rest = [argument for argument in arguments if not argument.startswith("run=")]
     places = [*rest, "run=[alignment]", "data.train_scenes=2", "data.alignment.eval_batch_size=1"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [
-            *(sys.executable, *torchrun, "lightning_app.py", "cache", *places),
-            *("--runs", str(tmp_path / "two")),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(" MB, in ") == 1
+    two = [*("cache", *places), *("--runs", str(tmp_path / "two"))]
+    assert in_processes(2, as_torchrun_starts_it, two, tmp_path) == [0, 0]
+    said = [(tmp_path / rank).read_text() for rank in "01"]
+    assert [text.count(" MB, in ") for text in said] == [1, 0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the last bits depend on it
     assert main(["cache", *places, "--runs", str(tmp_path / "one")]) == 0
