@@ -173,7 +173,11 @@ def smoke() -> ExperimentConfig:
             base.model, encoder=encoder, queries=queries, language=language, object_match_m=50.0
         ),
         stages=_with_steps(base, dict.fromkeys(base.run, 3)),
-        data=replace(base.data, version="v1.0-mini"),
+        data=replace(
+            base.data,
+            version="v1.0-mini",
+            planning=replace(base.data.planning, eval_frames_stride=8),
+        ),
         town=TownSettings(scenes=10, image_size=base.data.image_size),
         pictures=1,
     )

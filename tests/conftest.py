@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Indexes of roots that may not be written to go to a folder of this run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ODVLA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_migration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow takes a new database through all versions it ever had, for seconds: here once."""
+    import mlflow.store.db.utils as stores
+
+    migrate, migrated = stores._upgrade_db, tmp_path_factory.mktemp("mlflow") / "migrated.db"
+
+    def upgrade(engine: Any) -> None:
+        known = migrated.is_file()
+        if not known:
+            migrate(engine)
+        source, target = (engine.url.database, migrated)[:: -1 if known else 1]
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+            old.backup(new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "_upgrade_db", upgrade)
         yield
 
 

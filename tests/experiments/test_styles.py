@@ -52,7 +52,7 @@ def smaller(experiment, town_root):
             root=str(town_root),
             image_size=(64, 36),
             train_scenes=1,
-            planning=replace(base.data.planning, batch_size=4),
+            planning=replace(base.data.planning, batch_size=4, eval_frames_stride=4),
         ),
         stages=replace(base.stages, **stages),
     )
