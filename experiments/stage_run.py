@@ -28,7 +28,7 @@ from callbacks.freeze import FreezeByName
 from callbacks.guards import NonFiniteLossGuard
 from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
-from callbacks.remember import RememberTokens
+from callbacks.remember import KeepSeen, RememberTokens
 from callbacks.resume import LAST, ResumeCheckpoint, remove_checkpoint
 from datamodules.nuscenes import NuScenesDataModule
 from experiments.handoff import (
@@ -286,12 +286,23 @@ class StageRun:
         """Loss and predictions on the val split, in one go where one look gives both."""
         once = module.predicts_in_validation and data.tests_on_val
         predictions = WritePredictions(self.folder / PREDICTIONS, "validate" if once else "test")
+        callbacks: list[Callback] = [predictions]
+        if self._next_remembers():
+            callbacks.append(KeepSeen(self.shop.memories))
         strategy = evaluation_strategy(self.shop.config.trainer)
-        trainer = self._trainer([predictions], strategy, logger=logger)
+        trainer = self._trainer(callbacks, strategy, logger=logger)
         found = trainer.validate(module, data, verbose=False)
         if not once:
             found += trainer.test(module, data, verbose=False)
         return {name: float(value) for part in found for name, value in part.items()}
+
+    def _next_remembers(self) -> bool:
+        """Whether the stage after this one learns from remembered tokens of its vision half."""
+        config = self.shop.config
+        if self.stage != "perception" or self.stage == config.run[-1]:
+            return False
+        after = config.stages.of(config.run[config.run.index(self.stage) + 1])
+        return getattr(after, "remember_tokens", False) and not getattr(after, "feature_cache", 0)
 
     def _needs_initial(self) -> bool:
         """Whether initial weights fill anything that the parent, if there is one, does not."""

@@ -41,6 +41,10 @@ class TokenMemory:
         """Number of key-frames."""
         return len(self._rows)
 
+    def __contains__(self, token: object) -> bool:
+        """Whether a key-frame was kept, by its sample token."""
+        return token in self._rows
+
     def keep(self, rows: Iterable[tuple[int, str]], seen: Perception) -> None:
         """Keep what was seen.
 

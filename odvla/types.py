@@ -82,6 +82,19 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def shape_checked(cls: type[_T]) -> type[_T]:
+    """A dataclass that compares its fields with their annotated shapes and types when it is made.
+
+    Raises (when an object is made):
+        jaxtyping.TypeCheckError: a field does not fit, or two give one dimension different sizes.
+    """
+    # jaxtyping looks at all arguments a second time beside a returned value, if there is to be one:
+    # an __init__ that says nothing of its None is checked in half of the time.
+    cls.__init__.__annotations__.pop("return", None)
+    checked: type[_T] = jaxtyped(typechecker=beartype)(cls)
+    return checked
+
+
 class TensorFields:
     """Moves every tensor of a (nested) dataclass at once."""
 
@@ -98,7 +111,7 @@ class TensorFields:
         return _map_tensors(self, lambda t: t.detach())
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class Cameras(TensorFields):
     """Calibration of N cameras, already scaled to the images it comes with."""
@@ -107,7 +120,7 @@ class Cameras(TensorFields):
     lidar_to_cam: Float[Tensor, "B N 4 4"]  # LIDAR_TOP at t0 -> camera at its own exposure time
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class LidarPoints(TensorFields):
     """One LIDAR_TOP sweep of B scenes, padded."""
@@ -116,7 +129,7 @@ class LidarPoints(TensorFields):
     mask: Bool[Tensor, "B P"]  # False: padding
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class Frames(TensorFields):
     """One key-frame of B scenes: all that the car can see at that moment."""
@@ -131,7 +144,7 @@ class Frames(TensorFields):
     lidar: LidarPoints | None = None  # only where an encoder asks for it
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class EgoState(TensorFields):
     """What the planner is told about the car itself: GPT-Driver's cached fields."""
@@ -167,7 +180,7 @@ class EgoState(TensorFields):
         )
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class AgentTargets(TensorFields):
     """Annotated agents of one key-frame."""
@@ -183,7 +196,7 @@ class AgentTargets(TensorFields):
     ego: Float[Tensor, "B 9"] | None = None  # the car's own box
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class MapTargets(TensorFields):
     """Map elements rastered on the BEV grid of the frame."""
@@ -194,7 +207,7 @@ class MapTargets(TensorFields):
     drivable: Bool[Tensor, "B H W"]
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class PlanTargets(TensorFields):
     """Where the car's LIDAR_TOP went in the next 3 s, every 0.5 s."""
@@ -203,7 +216,7 @@ class PlanTargets(TensorFields):
     mask: Bool[Tensor, "B 6"]  # False: the scene ended before
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class TrafficTargets(TensorFields):
     """Where others are when the car reaches its waypoints; A counts the boxes of all six steps."""
@@ -242,7 +255,7 @@ class Conversation:
     object_track: int | None = None
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class Talk(TensorFields):
     """G tokenised conversations, right-padded. A slot is one negative id (SLOT_IDS)."""
@@ -308,7 +321,7 @@ class BevGrid:
         )
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class SceneFeatures(TensorFields):
     """What an encoder made of six images. bev is None for encoders without a bird's-eye view."""
@@ -318,7 +331,7 @@ class SceneFeatures(TensorFields):
     grid: BevGrid | None = None
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class AgentPredictions(TensorFields):
     """Decoded agents, one a query; layer_* hold one item a decoder layer, the final one last."""
@@ -349,7 +362,7 @@ class AgentPredictions(TensorFields):
         return self.layer_logits[-1].argmax(-1)
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class MapDecoding(TensorFields):
     """What a panoptic map head knows before it paints masks: what its losses start from.
@@ -365,7 +378,7 @@ class MapDecoding(TensorFields):
     memory: Float[Tensor, "B S C"]  # encoded cells, row by row
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class MapPredictions(TensorFields):
     """Decoded map elements, one a query, and the drivable area."""
@@ -380,7 +393,7 @@ class MapPredictions(TensorFields):
     decoding: MapDecoding | None = None
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class TokenSet(TensorFields):
     """Tokens of one stream.

@@ -186,12 +186,12 @@ class StageModule(lightning.LightningModule):
         self.log_dict(parts, batch_size=size)
         return found.loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Record]]:
-        """Loss on the next key-frames of the streamed scenes."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Loss on the next key-frames of the streamed scenes; its records and what was seen."""
         found = self.loss_of(batch, self.streams.get("val"))
         self.streams["val"] = found.state
         self.means.add({"loss": found.loss, **found.parts}, found.weight)
-        return {"records": self.records_of(found, batch)}
+        return {"records": self.records_of(found, batch), "seen": found.seen}
 
     def on_validation_epoch_start(self) -> None:
         """Streams start anew."""

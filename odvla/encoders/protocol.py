@@ -6,15 +6,22 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from beartype import beartype
-from jaxtyping import Bool, Float, Float64, jaxtyped
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from odvla.errors import UserError
-from odvla.types import BevGrid, Cameras, Frames, LidarPoints, SceneFeatures, TensorFields
+from odvla.types import (
+    BevGrid,
+    Cameras,
+    Frames,
+    LidarPoints,
+    SceneFeatures,
+    TensorFields,
+    shape_checked,
+)
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class EncoderState(TensorFields):
     """What an encoder remembers of the previous key-frame: its BEV and where the car stood."""

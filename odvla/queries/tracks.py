@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from beartype import beartype
-from jaxtyping import Bool, Float, Float64, Int64, jaxtyped
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from odvla import geometry
-from odvla.types import BevGrid, Frames, TensorFields
+from odvla.types import BevGrid, Frames, TensorFields, shape_checked
 
 
-@jaxtyped(typechecker=beartype)
+@shape_checked
 @dataclass(frozen=True)
 class AgentState(TensorFields):
     """Tracks to carry on, in the frame of the key-frame they were last updated at."""
