@@ -105,7 +105,7 @@ def tiny() -> ExperimentConfig:
                 whole_futures_only=True,
             ),
         ),
-        tokenizer=TokenizerConfig(vocab_size=768),
+        tokenizer=TokenizerConfig(vocab_size=768, max_conversations=2500),
         dialect=Dialect("compact"),
         stages=StagesConfig(
             perception=PerceptionStageConfig(optimiser=SEE, steps=250, gradient_clip=5.0),
@@ -113,15 +113,15 @@ def tiny() -> ExperimentConfig:
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
                 optimiser=SPEAK,
-                steps=100,
+                steps=80,
                 max_new_tokens=48,
                 remember_tokens=True,
             ),
             instruction=InstructionStageConfig(
-                optimiser=SPEAK, steps=150, max_new_tokens=48, remember_tokens=True
+                optimiser=SPEAK, steps=120, max_new_tokens=48, remember_tokens=True
             ),
             interaction=InteractionStageConfig(
-                optimiser=SPEAK, steps=80, max_new_tokens=64, remember_tokens=True
+                optimiser=SPEAK, steps=60, max_new_tokens=64, remember_tokens=True
             ),
             planning=PlanningStageConfig(
                 freeze=HEAR_AND_SPEAK,

@@ -317,9 +317,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, action_tokens: int = 
 
 
 def _plain_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Texts cut at everything that is one token by decree, and the words of ChatML's heads."""
-    yield "\n".join(ROLES)
+    """Texts cut at everything that is one token by decree, and the words of ChatML's heads.
+
+    A head stands before every text: with its words counted so, `assistant` is one token, not six.
+    """
+    heads = "\n".join(ROLES)
     for text in texts:
+        yield heads
         yield from filter(None, _NOT_TEXT.split(text))
 
 

@@ -44,6 +44,12 @@ def qwen(request):
     return QWEN_CACHE["tokenizer"]
 
 
+def test_heads_of_chatml_are_short():
+    learned = train_tokenizer(TEXTS, 400)
+    for role in ("system", "user", "assistant"):
+        assert len(learned.text_ids(role)) == 1
+
+
 def talk_of(*texts, box=None):
     roles = ["system", "user", "assistant", "user", "assistant"]
     turns = tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
