@@ -48,7 +48,7 @@ def check_language(config: ExperimentConfig) -> Iterator[Finding]:
                 frames = module.frame_numbers(split)
                 counts.append(f"{sum(source.count(n) for n in frames)} {split}")
         except UserError as error:
-            advice = "put the published file there (data.language_root), or leave the stage out"
+            advice = "mend that, or leave the stage out; published files go to data.language_root"
             yield red(f"texts of {stage}", str(error), advice)
             continue
         if counts[0].startswith("0 "):
