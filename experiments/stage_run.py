@@ -297,12 +297,17 @@ class StageRun:
         return {name: float(value) for part in found for name, value in part.items()}
 
     def _next_remembers(self) -> bool:
-        """Whether the stage after this one learns from remembered tokens of its vision half."""
+        """Whether the stage after this one learns from remembered tokens of its vision half.
+
+        In fp32: what is looked at for a memory is looked at outside of autocast.
+        """
         config = self.shop.config
-        if self.stage != "perception" or self.stage == config.run[-1]:
+        whole = config.trainer.precision == "32-true"
+        if self.stage != "perception" or self.stage == config.run[-1] or not whole:
             return False
         after = config.stages.of(config.run[config.run.index(self.stage) + 1])
-        return getattr(after, "remember_tokens", False) and not getattr(after, "feature_cache", 0)
+        cached = getattr(after, "feature_cache", False)
+        return getattr(after, "remember_tokens", False) and not cached
 
     def _needs_initial(self) -> bool:
         """Whether initial weights fill anything that the parent, if there is one, does not."""

@@ -113,12 +113,12 @@ def tiny() -> ExperimentConfig:
             alignment=AlignmentStageConfig(
                 freeze=HEAR_AND_SPEAK,
                 optimiser=SPEAK,
-                steps=100,
+                steps=80,
                 max_new_tokens=48,
                 remember_tokens=True,
             ),
             instruction=InstructionStageConfig(
-                optimiser=SPEAK, steps=150, max_new_tokens=48, remember_tokens=True
+                optimiser=SPEAK, steps=120, max_new_tokens=48, remember_tokens=True
             ),
             interaction=InteractionStageConfig(
                 optimiser=SPEAK, steps=60, max_new_tokens=64, remember_tokens=True

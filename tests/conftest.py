@@ -41,13 +41,16 @@ def _one_migration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     migrate, migrated = stores._upgrade_db, tmp_path_factory.mktemp("mlflow") / "migrated.db"
 
-    def upgrade(engine: Any) -> None:
-        known = migrated.is_file()
-        if not known:
-            migrate(engine)
-        source, target = (engine.url.database, migrated)[:: -1 if known else 1]
+    def copy(source: str | Path, target: str | Path) -> None:
         with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
             old.backup(new)
+
+    def upgrade(engine: Any) -> None:
+        if migrated.is_file():
+            copy(migrated, engine.url.database)
+        else:
+            migrate(engine)
+            copy(engine.url.database, migrated)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stores, "_upgrade_db", upgrade)

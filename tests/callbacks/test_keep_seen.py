@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import lightning
+import pytest
 import torch
 
 from callbacks.remember import KeepSeen, RememberTokens, look_at_scenes
@@ -63,8 +64,12 @@ def test_tokens_are_those_of_another_look_to_the_last_bit(town_root, tmp_path):
             assert torch.equal(kept.tokens[stream].mask, tokens.mask)
 
 
-def test_the_next_stage_looks_at_what_was_not_seen(town_root, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize(("precision", "known"), [("32-true", 40), ("bf16-mixed", 0)])
+def test_the_next_stage_looks_at_what_was_not_seen(
+    town_root, tmp_path, caplog, monkeypatch, precision, known
+):
     config, looked = on_town(town_root), []
+    config = replace(config, trainer=replace(config.trainer, precision=precision))
     caplog.set_level(logging.INFO)
     keep = RememberTokens._look
 
@@ -75,5 +80,5 @@ def test_the_next_stage_looks_at_what_was_not_seen(town_root, tmp_path, caplog, 
 
     monkeypatch.setattr(RememberTokens, "_look", look)
     open_pipeline(config, tmp_path, progress=False).fit()
-    assert looked == [40, 80]
-    assert "the vision half saw 40 key-frames" in caplog.text
+    assert looked == [known, 80]
+    assert f"the vision half saw {80 - known} key-frames" in caplog.text
