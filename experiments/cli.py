@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     os.environ.setdefault("TQDM_DISABLE", "1")  # the devkit's bars; read when tqdm is imported
+    # MLflow would tell its makers over the network what it is used for.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         code = options.run(options)
     except UserError as error:

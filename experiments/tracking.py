@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -158,15 +159,17 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            self._experiment = found.experiment_id
-            return
-        # Without a location, the artifacts of a SQLite store go to the working directory.
-        is_local = uri == local_store(self._store)
-        artifacts = (self._store / "mlartifacts").resolve().as_uri() if is_local else None
-        self._experiment = self._client.create_experiment(EXPERIMENT, artifacts)
+        # Two that begin at once would both make the tables of a new store, and the experiment.
+        with FileLock(self._store / ".mlflow.lock"):
+            self._client = MlflowClient(tracking_uri=uri)
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            if found is not None:
+                self._experiment = found.experiment_id
+                return
+            # Without a location, the artifacts of a SQLite store go to the working directory.
+            is_local = uri == local_store(self._store)
+            artifacts = (self._store / "mlartifacts").resolve().as_uri() if is_local else None
+            self._experiment = self._client.create_experiment(EXPERIMENT, artifacts)
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         """Open the parent run, the one kept from before or a new one."""

@@ -17,6 +17,8 @@ from hypothesis import settings
 settings.register_profile("odvla", deadline=None)
 settings.load_profile("odvla")
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 # Tests here start whole programs and last a minute each: begun last, one would go on alone.
 BEGIN_WITH = ("tests/experiments/", "tests/test_docs.py")
 
@@ -118,7 +120,7 @@ def _as_a_script(said: list[Path], folder: Path, work: Callable[..., Any], *argu
 
 
 @pytest.fixture
-def in_processes() -> Callable[..., list[int | None]]:
+def in_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int | None]]:
     """A function that runs work(rank, ...) in processes that know one another (gloo).
 
     `in_processes(count, work, *arguments)` returns their exit codes. With `kill_the_rest`, the
@@ -128,11 +130,10 @@ def in_processes() -> Callable[..., list[int | None]]:
     def run(
         count: int, work: Callable[..., None], *arguments: Any, kill_the_rest: bool = False
     ) -> list[int | None]:
-        import torch
-
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+        # By a file: a store's own threads, copied in the middle of something, would stand still.
+        place = f"file://{tmp_path_factory.mktemp('rendezvous') / 'file'}"
         started = [
-            FORK.Process(target=_joined, args=(rank, count, store.port, work, *arguments))
+            FORK.Process(target=_joined, args=(rank, count, place, work, *arguments))
             for rank in range(count)
         ]
         for process in started:
@@ -148,10 +149,9 @@ def in_processes() -> Callable[..., list[int | None]]:
     return run
 
 
-def _joined(rank: int, count: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+def _joined(rank: int, count: int, place: str, work: Callable[..., None], *arguments: Any) -> None:
     import torch
 
-    store = torch.distributed.TCPStore("127.0.0.1", port)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=count)
     work(rank, *arguments)
     torch.distributed.destroy_process_group()

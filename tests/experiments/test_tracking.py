@@ -4,9 +4,11 @@ import json
 import time
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from experiments.tracking import EXPERIMENT, Tracker
+from experiments.tracking_store import local_store
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,14 @@ def test_another_store_is_respected(tmp_path, monkeypatch):
     tracker.start({}, {})
     assert (tmp_path / "elsewhere.db").is_file()
     assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def begin_together(rank, store):
+    torch.distributed.barrier()
+    Tracker(store / f"e{rank}", store, "e", active=True)
+
+
+def test_experiments_that_begin_at_once_share_a_new_store(tmp_path, in_processes):
+    assert in_processes(3, begin_together, tmp_path) == [0, 0, 0]
+    client = MlflowClient(local_store(tmp_path))
+    assert [e.name for e in client.search_experiments()].count(EXPERIMENT) == 1
