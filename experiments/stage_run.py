@@ -287,7 +287,7 @@ class StageRun:
         once = module.predicts_in_validation and data.tests_on_val
         predictions = WritePredictions(self.folder / PREDICTIONS, "validate" if once else "test")
         callbacks: list[Callback] = [predictions]
-        if self._next_remembers():
+        if self._next_remembers(data):
             callbacks.append(KeepSeen(self.shop.memories))
         strategy = evaluation_strategy(self.shop.config.trainer)
         trainer = self._trainer(callbacks, strategy, logger=logger)
@@ -296,18 +296,23 @@ class StageRun:
             found += trainer.test(module, data, verbose=False)
         return {name: float(value) for part in found for name, value in part.items()}
 
-    def _next_remembers(self) -> bool:
-        """Whether the stage after this one learns from remembered tokens of its vision half.
+    def _next_remembers(self, data: NuScenesDataModule) -> bool:
+        """Whether the next stage learns from tokens that a validation of this one sees as well.
 
-        In fp32: what is looked at for a memory is looked at outside of autocast.
+        Only where its own look would give the same bits, so that a run that is killed in between
+        ends the same: in as large batches, and in fp32, as it looks outside of autocast.
         """
         config = self.shop.config
         whole = config.trainer.precision == "32-true"
         if self.stage != "perception" or self.stage == config.run[-1] or not whole:
             return False
-        after = config.stages.of(config.run[config.run.index(self.stage) + 1])
-        cached = getattr(after, "feature_cache", False)
-        return getattr(after, "remember_tokens", False) and not cached
+        after = config.run[config.run.index(self.stage) + 1]
+        settings, rows = config.stages.of(after), data.config.eval_batch_size
+        return (
+            getattr(settings, "remember_tokens", False)
+            and not getattr(settings, "feature_cache", False)
+            and config.data.of_stage(after, config.seed, None).eval_batch_size == rows
+        )
 
     def _needs_initial(self) -> bool:
         """Whether initial weights fill anything that the parent, if there is one, does not."""

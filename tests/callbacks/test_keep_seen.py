@@ -11,6 +11,7 @@ from callbacks.remember import KeepSeen, RememberTokens, look_at_scenes
 from experiments.pipeline import open_pipeline
 from experiments.prepare import build_model, build_tokenizer, data_module
 from experiments.tiny import smoke
+from odvla.config import apply_overrides
 from odvla.token_memory import TokenMemory
 
 
@@ -64,12 +65,18 @@ def test_tokens_are_those_of_another_look_to_the_last_bit(town_root, tmp_path):
             assert torch.equal(kept.tokens[stream].mask, tokens.mask)
 
 
-@pytest.mark.parametrize(("precision", "known"), [("32-true", 40), ("bf16-mixed", 0)])
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ([], 40),
+        (["trainer.precision=bf16-mixed"], 0),
+        (["data.planning.eval_batch_size=2"], 0),  # rounded otherwise
+    ],
+)
 def test_the_next_stage_looks_at_what_was_not_seen(
-    town_root, tmp_path, caplog, monkeypatch, precision, known
+    town_root, tmp_path, caplog, monkeypatch, changes, known
 ):
-    config, looked = on_town(town_root), []
-    config = replace(config, trainer=replace(config.trainer, precision=precision))
+    config, looked = apply_overrides(on_town(town_root), changes), []
     caplog.set_level(logging.INFO)
     keep = RememberTokens._look
 
