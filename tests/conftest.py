@@ -144,6 +144,9 @@ def in_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
             if kill_the_rest:
                 process.kill()
             process.join(PATIENCE_S)
+        for process in started:
+            process.kill()  # nothing, where it has ended
+            process.join()
         return [process.exitcode for process in started]
 
     return run

@@ -1,7 +1,6 @@
 """What a validation saw is what the next stage would see if it looked again."""
 
 import logging
-from dataclasses import replace
 
 import lightning
 import pytest
@@ -15,25 +14,13 @@ from odvla.config import apply_overrides
 from odvla.token_memory import TokenMemory
 
 
-def on_town(town_root):
-    base = smoke()
-    version = next(town_root.glob("v1.0-*")).name
-    sizes = {"image_size": (64, 36), "train_scenes": 1, "version": version}
-    stages = {
-        name: replace(base.stages.of(name), steps=1, ablations=())
-        if name == "planning"
-        else replace(base.stages.of(name), steps=1)
-        for name in ("perception", "planning")
-    }
-    return replace(
-        base,
-        town=None,
-        pictures=0,
-        log_model=False,
-        run=("perception", "planning"),
-        data=replace(base.data, root=str(town_root), **sizes),
-        stages=replace(base.stages, **stages),
-    )
+def on_town(town_root, *changes):
+    places = [f"data.root={town_root}", f"data.version={next(town_root.glob('v1.0-*')).name}"]
+    sizes = ["data.image_size=[64,36]", "data.train_scenes=1", "pictures=0"]
+    stages = ["perception.steps=1", "planning.steps=1", "planning.ablations=[]"]
+    short = ["town=null", "log_model=false", "run=[perception,planning]"]
+    stages = [f"stages.{change}" for change in stages]
+    return apply_overrides(smoke(), [*places, *sizes, *short, *stages, *changes])
 
 
 def test_tokens_are_those_of_another_look_to_the_last_bit(town_root, tmp_path):
@@ -76,7 +63,7 @@ def test_tokens_are_those_of_another_look_to_the_last_bit(town_root, tmp_path):
 def test_the_next_stage_looks_at_what_was_not_seen(
     town_root, tmp_path, caplog, monkeypatch, changes, known
 ):
-    config, looked = apply_overrides(on_town(town_root), changes), []
+    config, looked = on_town(town_root, *changes), []
     caplog.set_level(logging.INFO)
     keep = RememberTokens._look
 

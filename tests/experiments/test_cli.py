@@ -130,3 +130,14 @@ def test_numerical_threads_wait_briefly_unless_told_otherwise(given, expected, m
         monkeypatch.setenv(name, value)
     assert main(["list"]) == 0
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_mlflow_does_not_report_home_unless_it_is_told_to(monkeypatch):
+    from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY
+
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
+    assert main(["list"]) == 0
+    assert MLFLOW_DISABLE_TELEMETRY.get()
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    assert main(["list"]) == 0
+    assert not MLFLOW_DISABLE_TELEMETRY.get()
